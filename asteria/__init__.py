@@ -1,0 +1,33 @@
+"""Second-order optimizers for PyTorch that anyone can switch on.
+
+Replace ``torch.optim.AdamW`` by `SOAP`, `KLShampoo` or `KLSOAP`; nothing else changes.
+"""
+
+from asteria.config.runtime import RuntimeConfig
+from asteria.errors import (
+    AsteriaError,
+    CheckpointError,
+    ConfigError,
+    GradientError,
+    NonFiniteGradientError,
+    ParameterChangedError,
+    RefreshError,
+)
+from asteria.optim.kl import KLSOAP, KLShampoo
+from asteria.optim.soap import SOAP
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KLSOAP",
+    "SOAP",
+    "AsteriaError",
+    "CheckpointError",
+    "ConfigError",
+    "GradientError",
+    "KLShampoo",
+    "NonFiniteGradientError",
+    "ParameterChangedError",
+    "RefreshError",
+    "RuntimeConfig",
+]

@@ -1,0 +1,98 @@
+"""Adam's moments and update, in whatever basis the gradient comes, and the AdamW rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from asteria.algorithms.algorithm import BlockShape, BlockState, Pair
+from asteria.config.hyperparameters import Hyperparameters
+from asteria.store.stack import FieldSpec
+
+__all__ = ["AdamW", "adam_update_", "bias_correction", "ema_"]
+
+
+def ema_(mean: Tensor, value: Tensor, beta: float, gate: Tensor | None) -> None:
+    """``mean`` <- beta * mean + (1 - beta) * value, in place, unless ``gate`` is 0."""
+    if gate is None:
+        mean.lerp_(value, 1 - beta)
+    else:
+        mean.lerp_(value, gate * (1 - beta))
+
+
+def adam_update_(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    hyper: Hyperparameters,
+    *,
+    out: Tensor,
+    gate: Tensor | None,
+) -> Tensor:
+    """Advance both moments and write exp_avg / (sqrt(exp_avg_sq) + eps) to ``out``.
+
+    All of one shape and dtype; ``out`` is distinct. The bias corrections are not in it.
+    """
+    ema_(exp_avg, gradient, hyper.beta1, gate)
+    if gate is None:
+        exp_avg_sq.mul_(hyper.beta2).addcmul_(gradient, gradient, value=1 - hyper.beta2)
+    else:
+        ema_(exp_avg_sq, torch.mul(gradient, gradient, out=out), hyper.beta2, gate)
+    torch.sqrt(exp_avg_sq, out=out).add_(hyper.eps)
+    return torch.div(exp_avg, out, out=out)
+
+
+def bias_correction(hyper: Hyperparameters, step: int) -> float:
+    """sqrt(1 - beta2^t) / (1 - beta1^t), which corrects the update for moments begun at zero."""
+    if not hyper.correct_bias:
+        return 1.0
+    return float((1 - hyper.beta2**step) ** 0.5 / (1 - hyper.beta1**step))
+
+
+class AdamW:
+    """AdamW (arXiv 1711.05101) with eps outside of the bias correction, as SOAP's authors have it.
+
+    The blocks are single elements: gradients are (b,).
+    """
+
+    name = "adamw"
+    has_bases = False
+    squeezes = True
+    sorts_columns = False
+
+    def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
+        """Two moments."""
+        return FieldSpec("exp_avg", ()), FieldSpec("exp_avg_sq", ())
+
+    def begin_(self, state: BlockState, gradient: Tensor, hyper: Hyperparameters) -> None:
+        """Nothing: the moments begin at zero."""
+
+    def direction_(
+        self,
+        state: BlockState,
+        gradient: Tensor,
+        hyper: Hyperparameters,
+        *,
+        step: int,
+        scratch: Pair,
+        gate: Tensor | None,
+    ) -> tuple[Tensor, float]:
+        """The bias-corrected ratio of the moments."""
+        update = adam_update_(
+            state["exp_avg"], state["exp_avg_sq"], gradient, hyper, out=scratch[0], gate=gate
+        )
+        return update, bias_correction(hyper, step)
+
+    def accumulate_(
+        self,
+        state: BlockState,
+        gradient: Tensor,
+        hyper: Hyperparameters,
+        *,
+        scratch: Pair,
+        gate: Tensor | None,
+    ) -> None:
+        """Nothing: there are no factors."""
+
+    def rotate_(self, state: BlockState, turns: list[Tensor | None], scratch: Pair) -> None:
+        """Nothing: there is no basis."""

@@ -1,0 +1,1 @@
+"""Frozen settings, checked once when they are made."""

@@ -1,0 +1,156 @@
+"""`RuntimeConfig`: how the optimizer's work is done, never what it computes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+
+from asteria.errors import ConfigError
+
+__all__ = ["RuntimeConfig", "parse_bytes"]
+
+Start = Literal["fresh", "eigh", "adam"]
+Nonfinite = Literal["raise", "skip"]
+
+_UNITS = {
+    unit: factor
+    for power, prefix in enumerate("KMGT", start=1)
+    for unit, factor in ((f"{prefix}B", 1000**power), (f"{prefix}iB", 1024**power))
+} | {"B": 1, "": 1}
+
+# Every value that a field may take once everything is built, and those that are built today.
+_CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    "refresh": (("async", "sync"), ("sync",)),
+    "refresh_method": (("eigh", "qr", "ldlr", "auto"), ("eigh", "qr", "auto")),
+    "refresh_on": (("host", "device", "auto"), ("auto",)),
+    "install": (("scheduled", "ready"), ("scheduled",)),
+    "start": (get_args(Start), get_args(Start)),
+    "state_dtype": ((torch.float32, torch.bfloat16), (torch.float32,)),
+    "nonfinite": (get_args(Nonfinite), get_args(Nonfinite)),
+    "shards": (("exact", "local"), ("exact",)),
+}
+# Fields whose only built value is None.
+_LATER = (
+    "workers",
+    "device_budget",
+    "host_budget",
+    "nvme_budget",
+    "nvme_path",
+    "trace",
+    "process_group",
+    "node_size",
+)
+
+
+def parse_bytes(text: int | str) -> int:
+    """Bytes of an int or of a text such as ``"8GiB"``, ``"1.5 GB"`` or ``"4096"``.
+
+    Raises ConfigError if the text is no size or the size is negative.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        size = text
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?i?B|)\s*", str(text))
+        if match is None or match[2] not in _UNITS:
+            raise ConfigError(
+                f"a number of bytes was asked for, found {text!r}: "
+                'give an int or a text such as "8GiB" or "500MB"'
+            )
+        size = int(float(match[1]) * _UNITS[match[2]])
+    if size < 0:
+        raise ConfigError(f"a number of bytes must not be negative, found {text!r}")
+    return size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeConfig:
+    """How the optimizer's work is done: when bases are refreshed, and where state lives.
+
+    Choosing values here changes how fresh the bases are, never the rule of the optimizer.
+    A value that this version does not support raises ConfigError at once.
+    """
+
+    refresh: Literal["async", "sync"] = "sync"
+    """`"sync"`: inside the step. `"async"` (host threads) is not available in this version."""
+    refresh_method: Literal["eigh", "qr", "ldlr", "auto"] = "auto"
+    """`"qr"`: one warm-started orthogonal iteration; `"eigh"`: exact, in float64; `"auto"`: qr."""
+    refresh_on: Literal["host", "device", "auto"] = "auto"
+    """`"auto"`: where the parameter is. `"host"`, `"device"` are not available in this version."""
+    staleness: int = 2
+    """Steps between launch and install of an asynchronous refresh; a synchronous one has none."""
+    install: Literal["scheduled", "ready"] = "scheduled"
+    """`"scheduled"`: exactly at the bound. `"ready"` is not available in this version."""
+    start: Start = "fresh"
+    """How the bases begin.
+
+    `"fresh"`: built at the first step, which updates the weights by AdamW's rule; while the
+    factors are young, about 8 / (1 - shampoo_beta) steps, extra refreshes at geometrically
+    spaced steps. `"eigh"`: built at the first step, which changes no weight, as the published
+    implementations do. `"adam"`: identity bases until the first refresh.
+    """
+    workers: int | None = None
+    """Host threads for asynchronous refreshes: not available in this version."""
+    device_budget: int | str | None = None
+    """Bytes of state on the device: not available in this version (all of it is there)."""
+    host_budget: int | str | None = None
+    """Bytes of state in pinned host memory: not available in this version."""
+    nvme_budget: int | str | None = None
+    """Bytes of state on NVMe: not available in this version."""
+    nvme_path: str | None = None
+    """Folder of the NVMe tier: not available in this version."""
+    state_dtype: torch.dtype = torch.float32
+    """Storage type of the eigenbases (float64 for float64 parameters whatever is set here)."""
+    nonfinite: Nonfinite = "raise"
+    """A gradient with inf or nan: `"raise"`, or `"skip"` the step and count it."""
+    trace: str | None = None
+    """Path of a Chrome/Perfetto trace: not available in this version."""
+    shards: Literal["exact", "local"] = "exact"
+    """Rule for sharded parameters, which this version refuses."""
+    process_group: Any = None
+    """Data-parallel group: not available in this version."""
+    node_size: int | None = None
+    """Ranks per node: not available in this version."""
+
+    def __post_init__(self) -> None:
+        for name, (known, built) in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                options = ", ".join(repr(option) for option in known)
+                raise ConfigError(f"RuntimeConfig.{name} must be one of {options}, found {value!r}")
+            if value not in built:
+                options = ", ".join(repr(option) for option in built)
+                raise ConfigError(
+                    f"RuntimeConfig.{name}={value!r} is not available in this version: use {options}"
+                )
+        if not isinstance(self.staleness, int) or self.staleness < 0:
+            raise ConfigError(
+                f"RuntimeConfig.staleness must be an int >= 0 (steps), found {self.staleness!r}"
+            )
+        for name in ("device_budget", "host_budget", "nvme_budget"):
+            if getattr(self, name) is not None:
+                parse_bytes(getattr(self, name))
+        for name in _LATER:
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"RuntimeConfig.{name}={getattr(self, name)!r} is not available in this "
+                    "version: leave it at None"
+                )
+
+    @classmethod
+    def reference(cls) -> RuntimeConfig:
+        """The control arm: synchronous QR refreshes, eigh start, everything on the device.
+
+        With it the optimizers follow the published implementations' trajectories.
+        """
+        return cls(refresh="sync", refresh_method="qr", start="eigh", staleness=0)
+
+    def __repr__(self) -> str:
+        changed = (
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        )
+        return f"RuntimeConfig({', '.join(changed)})"

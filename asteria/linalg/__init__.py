@@ -1,0 +1,1 @@
+"""Linear algebra on stacks of blocks; no state, no schedule, no optimizer."""

@@ -1,0 +1,1 @@
+"""The optimizers: signatures, routing of parameters to blocks, and torch's optimizer contract."""

@@ -1,0 +1,73 @@
+"""The routing of an optimizer as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Description", "ParameterDescription"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterDescription:
+    """One row: how a parameter is treated."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    rule: str
+    """``"soap"``, ``"kl-shampoo"``, ``"kl-soap"`` or ``"adamw"``."""
+    blocks: tuple[tuple[int, tuple[int, ...]], ...]
+    """(number of blocks, their dims) for each block shape; empty under the AdamW rule."""
+    factors: tuple[tuple[int, ...], ...]
+    """For each block shape the sizes of its Kronecker factors."""
+    state_bytes: int
+    """Of all state tensors, step counter aside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """The routing of all parameters; ``str()`` makes a table of it."""
+
+    rows: tuple[ParameterDescription, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state of all parameters."""
+        return sum(row.state_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "dtype", "rule", "blocks", "factors", "state")
+        table = [head, *map(_cells, self.rows)]
+        table.append(("total", "", "", "", "", "", _readable(self.state_bytes)))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        )
+
+
+def _cells(row: ParameterDescription) -> tuple[str, ...]:
+    blocks = " + ".join(f"{count} x {_dims(dims)}" for count, dims in row.blocks)
+    factors = " + ".join(", ".join(map(str, sizes)) for sizes in row.factors)
+    return (
+        row.name,
+        _dims(row.shape) or "scalar",
+        row.dtype,
+        row.rule,
+        blocks or "-",
+        factors or "-",
+        _readable(row.state_bytes),
+    )
+
+
+def _dims(dims: tuple[int, ...]) -> str:
+    return "x".join(map(str, dims))
+
+
+def _readable(size: int) -> str:
+    value, unit = float(size), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

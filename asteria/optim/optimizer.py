@@ -1,0 +1,301 @@
+"""The torch.optim.Optimizer contract, once for all of our optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias, overload
+
+import torch
+from torch import Tensor
+
+from asteria.algorithms.algorithm import Algorithm
+from asteria.config.hyperparameters import Hyperparameters, check_group, check_keys
+from asteria.config.runtime import RuntimeConfig
+from asteria.errors import ConfigError, GradientError
+from asteria.optim.description import Description, ParameterDescription
+from asteria.optim.routing import route
+from asteria.runtime.admission import check_entries, refuse
+from asteria.runtime.chunks import Update
+from asteria.runtime.engine import Engine
+from asteria.runtime.records import ParameterRecord, state_dtype
+from asteria.telemetry.counters import Stats
+
+__all__ = ["Parameters", "SecondOrderOptimizer"]
+
+Parameters: TypeAlias = (
+    Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+)
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class SecondOrderOptimizer(torch.optim.Optimizer):
+    """Base of SOAP, KLShampoo and KLSOAP: they differ in ``rule`` and in their options.
+
+    State of a parameter, ``optimizer.state[p]``: flat tensors, float32 (float64 for float64
+    parameters) on the parameter's device; ``step`` is a float32 scalar on the host. Everything
+    here is for the training thread.
+    """
+
+    rule: Algorithm
+
+    def __init__(
+        self, params: Parameters, defaults: dict[str, Any], runtime: RuntimeConfig | None
+    ) -> None:
+        runtime = RuntimeConfig() if runtime is None else runtime
+        if not isinstance(runtime, RuntimeConfig):
+            raise ConfigError(
+                f"runtime must be an asteria.RuntimeConfig, found {type(runtime).__name__}"
+            )
+        check_group(defaults, type(self).__name__)
+        if not isinstance(params, Tensor):
+            params = list(params)
+            if not params:
+                raise ConfigError(
+                    f"{type(self).__name__} got an empty parameter list: pass "
+                    "model.parameters() of a model that has some, before they are consumed"
+                )
+        self._runtime = runtime
+        self._engine = Engine(runtime)
+        self._records: dict[Tensor, ParameterRecord] = {}
+        super().__init__(params, {**defaults, "batch_dims": None})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with options of their own; raises ConfigError for what cannot be used."""
+        if not isinstance(param_group, dict):
+            raise ConfigError(f"param_group must be a dict, found {type(param_group).__name__}")
+        where = f"group {len(self.param_groups)}"
+        check_keys(param_group, self.defaults, where)
+        check_group(param_group, where)
+        group = dict(param_group)
+        if isinstance(group.get("params"), Iterable) and not isinstance(
+            group["params"], Tensor | set
+        ):
+            group["params"] = list(group["params"])
+            for position, entry in enumerate(group["params"]):
+                name, parameter = (
+                    entry if isinstance(entry, tuple) else (f"parameter {position} of {where}", entry)
+                )
+                self._check_parameter(name, parameter, {**self.defaults, **group})
+        super().add_param_group(group)
+
+    def _check_parameter(self, name: str, parameter: Any, group: Mapping[str, Any]) -> None:
+        """Refuse what can never be trained; torch refuses what is no tensor or no leaf."""
+        if not isinstance(parameter, Tensor):
+            return
+        if parameter.is_complex():
+            raise ConfigError(
+                f"{name}: complex parameters are not supported, found {parameter.dtype}; "
+                "train its real and imaginary part as two parameters (torch.view_as_real)"
+            )
+        if hasattr(parameter, "device_mesh"):
+            raise ConfigError(
+                f"{name}: sharded parameters (DTensor) are not supported in this version; "
+                "replicate the model (DDP) or use another optimizer for it"
+            )
+        route(parameter.shape, group, self.rule, name)
+
+    def _named(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
+        """(index, name, parameter, group) of all parameters, in order."""
+        index = 0
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for position, parameter in enumerate(group["params"]):
+                name = names[position] if names else f"parameter {position} of group {number}"
+                yield index, name, parameter, group
+                index += 1
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Never waits for the device, but where the first eigenbases of a parameter are computed.
+        Raises NonFiniteGradientError, GradientError (a sparse gradient) or ParameterChangedError;
+        weights and state are then as they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        present = [entry for entry in self._named() if entry[2].grad is not None]
+        if present:
+            self._step_parameters(present)
+        return loss
+
+    def _step_parameters(self, present: list[tuple[int, str, Tensor, dict[str, Any]]]) -> None:
+        self._forget_replaced_state()
+        updates: dict[ParameterRecord, Update] = {}
+        by_group: dict[int, Update] = {}
+        for index, name, parameter, group in present:
+            record = self._records.get(parameter)
+            if record is None:
+                record = self._make_record(index, name, parameter, group)
+            else:
+                record.check_unchanged()
+            _check_gradient(name, parameter)
+            update = by_group.get(id(group))
+            if update is None:
+                check_group(group, name)
+                update = Update(Hyperparameters.of(group), float(group["lr"]), group["weight_decay"])
+                by_group[id(group)] = update
+            updates[record] = update
+        fresh = [record for record in updates if record.parameter not in self._records]
+        steps, gate = self._engine.accepts(
+            [record.name for record in updates],
+            [gradient for record in updates if (gradient := record.parameter.grad) is not None],
+            ready=not fresh,
+        )
+        if not steps:
+            return
+        if fresh:
+            self._engine.admit(fresh)
+            for record in fresh:
+                self._adopt(record)
+        self._engine.step(updates, gate)
+
+    def _forget_replaced_state(self) -> None:
+        """Follow what was done to ``self.state`` from outside: removed state begins afresh."""
+        gone = [r for p, r in self._records.items() if self.state.get(p) is not r.entries]
+        if gone:
+            self._engine.discard(gone)
+            for record in gone:
+                del self._records[record.parameter]
+
+    def _make_record(
+        self, index: int, name: str, parameter: Tensor, group: Mapping[str, Any]
+    ) -> ParameterRecord:
+        if parameter.dtype not in _DTYPES:
+            raise ConfigError(
+                f"{name}: parameters must be float64, float32, bfloat16 or float16, "
+                f"found {parameter.dtype}"
+            )
+        return ParameterRecord(
+            parameter=parameter,
+            name=name,
+            index=index,
+            route=route(parameter.shape, group, self.rule, name),
+            shape=parameter.shape,
+            dtype=parameter.dtype,
+            device=parameter.device,
+        )
+
+    def _adopt(self, record: ParameterRecord) -> None:
+        self._records[record.parameter] = record
+        self.state[record.parameter] = record.entries
+
+    def describe(self) -> Description:
+        """How every parameter is treated: rule, blocks, factors, bytes of state.
+
+        A table under ``str()``, typed rows under ``.rows``. Needs no gradient.
+        """
+        rows = []
+        for _, name, parameter, group in self._named():
+            record = self._records.get(parameter)
+            way = record.route if record else route(parameter.shape, group, self.rule, name)
+            shapes = [(shape, blocks) for _, shape, blocks in way.extents() if shape.dims]
+            rows.append(
+                ParameterDescription(
+                    name=name,
+                    shape=tuple(parameter.shape),
+                    dtype=str(parameter.dtype).removeprefix("torch."),
+                    rule=way.rule.name,
+                    blocks=tuple((blocks, shape.dims) for shape, blocks in shapes),
+                    factors=tuple(shape.factor_sizes() for shape, _ in shapes),
+                    state_bytes=way.state_bytes(state_dtype(parameter)),
+                )
+            )
+        return Description(tuple(rows))
+
+    def stats(self) -> Stats:
+        """Counters since this optimizer was made; waits for the device."""
+        return self._engine.stats()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave; dtypes of the state stay as they are.
+
+        Raises CheckpointError, which lists every key that does not fit, and then loads nothing;
+        ValueError if the parameter groups differ in number or size.
+        """
+        records: dict[ParameterRecord, Mapping[str, Tensor]] = {}
+
+        def take_state(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            # torch would cast every floating-point state tensor to its parameter's dtype.
+            records.update(self._match(loaded))
+            return {**loaded, "state": {}}
+
+        def put_state(_: torch.optim.Optimizer) -> None:
+            self._restore(records)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(put_state, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _match(self, loaded: Mapping[str, Any]) -> dict[ParameterRecord, Mapping[str, Tensor]]:
+        """Records for the loaded state, checked as a whole against the parameters."""
+        own, groups = self.param_groups, loaded["param_groups"]
+        if [len(group["params"]) for group in own] != [len(group["params"]) for group in groups]:
+            return {}  # torch has the error for that
+        matched: dict[ParameterRecord, Mapping[str, Tensor]] = {}
+        problems: list[str] = []
+        saved_ids = [
+            (key, {**self.defaults, **group}) for group in groups for key in group["params"]
+        ]
+        state = dict(loaded["state"])
+        for (index, name, parameter, _), (key, group) in zip(self._named(), saved_ids, strict=True):
+            entries = state.pop(key, None)
+            if entries:
+                record = self._make_record(index, name, parameter, group)
+                problems += check_entries(record, entries)
+                matched[record] = entries
+        problems += [f"state of a parameter {key!r} that no group has" for key in state]
+        refuse(problems)
+        return matched
+
+    def _restore(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:
+        """Make ``saved`` the state of this optimizer, in memory of its own."""
+        self._engine.discard(list(self._records.values()))
+        self._records = {}
+        self._engine.admit(list(saved), saved)
+        for record in saved:
+            self._adopt(record)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickling and copying keep: the state, and how the work is done."""
+        return {**super().__getstate__(), "_runtime": self._runtime}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take pickled state, or what torch's load_state_dict hands over."""
+        super().__setstate__(state)
+        if "_engine" not in self.__dict__:
+            self._engine = Engine(self._runtime)
+            self._records = {}
+            entries = self.state
+            self._restore(
+                {
+                    self._make_record(index, name, parameter, group): entries[parameter]
+                    for index, name, parameter, group in self._named()
+                    if entries.get(parameter)
+                }
+            )
+
+
+def _check_gradient(name: str, parameter: Tensor) -> None:
+    gradient = parameter.grad
+    if gradient is not None and gradient.layout != torch.strided:
+        raise GradientError(
+            f"{name}: a dense gradient was needed, found one of layout {gradient.layout}; nothing "
+            "was changed. Use nn.Embedding(..., sparse=False), or give this parameter to "
+            "torch.optim.SparseAdam"
+        )

@@ -1,0 +1,112 @@
+"""From a parameter's shape to its rule and blocks. Pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from asteria.algorithms.adam import AdamW
+from asteria.algorithms.algorithm import Algorithm, BlockShape
+from asteria.errors import ConfigError
+from asteria.linalg.partition import cut, merge
+from asteria.runtime.chunks import CHUNK_BYTES
+from asteria.runtime.records import Route, TilePlan
+
+__all__ = ["route"]
+
+_ADAMW = AdamW()
+_STACK_DIM = 32
+"""A rank-3 parameter is a stack of matrices if its last two dims are at least this."""
+
+
+def route(shape: torch.Size, group: Mapping[str, Any], rule: Algorithm, name: str) -> Route:
+    """The rule and blocks of a parameter of this shape under its group's options.
+
+    - Leading batch dims (``group["batch_dims"]``; by default one for a rank-3 parameter whose last
+      two dims are at least 32, as stacks of experts have, none else) index independent blocks.
+    - With ``large_dims="blocks"`` every dim above ``max_precond_dim`` is cut into tiles; with
+      ``"one_sided"`` it has no factor.
+    - With ``merge_dims`` neighbouring dims are merged while their product stays below the limit.
+    - Dims of size 1 have no factor. What is left without any, and vectors (unless
+      ``precondition_1d``), take the AdamW rule.
+
+    Raises ConfigError if there are fewer dims than batch dims.
+    """
+    batch = _batch_dims(shape, group, name)
+    limit = group["max_precond_dim"]
+    core = shape[batch:]
+    vector = len(core) < 2 and not (group.get("precondition_1d", False) and len(core) == 1)
+    if math.prod(shape) == 0 or vector:
+        return _adamw(shape)
+    cuts = [[slice(0, size)] for size in core]
+    if group["large_dims"] == "blocks":
+        cuts = [cut(size, limit) for size in core]
+    tiles: list[TilePlan] = []
+    for core_slices in itertools.product(*cuts):
+        dims = [s.stop - s.start for s in core_slices]
+        permutation = _permutation(len(dims), batch, group)
+        block = _block_shape(dims, permutation, limit, group)
+        if rule.squeezes and len(block.dims) < 2:
+            return _adamw(shape)
+        for rows in _split_batch(shape[:batch], block):
+            slices = (*rows, *core_slices)
+            blocks = math.prod(s.stop - s.start for s in slices[:batch])
+            tiles.append(TilePlan(block, blocks, slices, permutation, ordinal=len(tiles)))
+    if not any(any(tile.shape.factored) for tile in tiles):
+        return _adamw(shape)
+    in_order = math.prod(map(len, cuts)) == 1 and tiles[0].permutation is None
+    if len(tiles) == 1:
+        tiles = [dataclasses.replace(tiles[0], slices=())]
+    return Route(rule, tuple(tiles), keeps_layout=in_order)
+
+
+def _adamw(shape: torch.Size) -> Route:
+    plan = TilePlan(BlockShape((), ()), math.prod(shape))
+    return Route(_ADAMW, (plan,), keeps_layout=True)
+
+
+def _batch_dims(shape: torch.Size, group: Mapping[str, Any], name: str) -> int:
+    asked = group.get("batch_dims")
+    if asked is None:
+        return 1 if len(shape) == 3 and min(shape[1:]) >= _STACK_DIM else 0
+    if asked and asked >= len(shape):
+        raise ConfigError(
+            f"{name}: batch_dims={asked} was asked for, found shape {tuple(shape)}: at least one "
+            "dim must be left; put this parameter into a group with fewer batch_dims"
+        )
+    return int(asked)
+
+
+def _permutation(rank: int, batch: int, group: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Channels first, when dims are merged of a convolution that is stored channels last."""
+    channels_last = group.get("merge_dims", False) and group["data_format"] == "channels_last"
+    if not channels_last or rank != 4:
+        return None
+    return (*range(batch), batch, batch + 3, batch + 1, batch + 2)
+
+
+def _block_shape(
+    dims: list[int], permutation: tuple[int, ...] | None, limit: int, group: Mapping[str, Any]
+) -> BlockShape:
+    if permutation is not None:
+        dims = [dims[0], dims[3], dims[1], dims[2]]
+    merged = merge(dims, limit) if group.get("merge_dims", False) else tuple(dims)
+    kept = tuple(size for size in merged if size > 1)
+    return BlockShape(kept, tuple(size <= limit for size in kept))
+
+
+def _split_batch(batch_shape: torch.Size, block: BlockShape) -> Iterator[tuple[slice, ...]]:
+    """Slices of the batch dims, cut along the first so that no tile is larger than a chunk."""
+    if not batch_shape:
+        yield ()
+        return
+    row_elements = math.prod(batch_shape[1:]) * math.prod(block.dims)
+    rows = max(1, CHUNK_BYTES // (4 * row_elements))
+    rest = [slice(0, size) for size in batch_shape[1:]]
+    for start in range(0, batch_shape[0], rows):
+        yield (slice(start, min(start + rows, batch_shape[0])), *rest)

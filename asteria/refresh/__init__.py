@@ -1,0 +1,1 @@
+"""When eigenbases are refreshed; knows steps, not what a refresh computes."""

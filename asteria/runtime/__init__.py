@@ -1,0 +1,1 @@
+"""Composition root: brings mathematics, state and schedule together for one optimizer."""

@@ -1,0 +1,133 @@
+"""Making state for parameters: stacks for new blocks, filled with what was saved of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from asteria.errors import CheckpointError
+from asteria.runtime.records import (
+    Extent,
+    ExtentKey,
+    ParameterRecord,
+    Tile,
+    TilePlan,
+    state_dtype,
+)
+from asteria.store.stack import Stack
+
+__all__ = ["admit", "check_entries", "discard", "refuse"]
+
+
+def check_entries(record: ParameterRecord, saved: Mapping[str, object]) -> list[str]:
+    """What keeps ``saved`` from being this parameter's state, as a list of complaints."""
+    wanted = {"step": (), **record.route.entry_shapes(record.shape)}
+    problems = []
+    for key in sorted(wanted.keys() | saved.keys()):
+        if key not in saved:
+            problems.append(f"{record.name}: {key} is missing")
+        elif key not in wanted:
+            problems.append(f"{record.name}: {key} is not part of {record.route.rule.name}'s state")
+        else:
+            value = saved[key]
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            if shape != wanted[key]:
+                problems.append(f"{record.name}: {key} has shape {shape}, needs {wanted[key]}")
+    return problems
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise CheckpointError that lists all problems, if there are any."""
+    if problems:
+        raise CheckpointError(
+            "this state does not belong to these parameters; nothing was loaded:\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def admit(
+    records: Iterable[ParameterRecord],
+    saved: Mapping[ParameterRecord, Mapping[str, Tensor]],
+    extents: dict[ExtentKey, Extent],
+) -> None:
+    """Allocate the state of new ``records`` in ``extents``, stacked by block shape.
+
+    There is one extent for each kind of block, its tiles in order of the parameters: what is
+    multiplied together, and so every bit of the result, depends on which parameters have state
+    and not on when they got it. Blocks that were there before move into the larger stack.
+
+    A record in ``saved`` takes its values from there (copied, from any dtype and device), the
+    others begin at zero. Raises CheckpointError, before anything is changed, if something saved
+    does not fit.
+    """
+    records = list(records)
+    refuse(
+        [
+            problem
+            for record in records
+            if record in saved
+            for problem in check_entries(record, saved[record])
+        ]
+    )
+    arrivals: dict[ExtentKey, list[tuple[ParameterRecord, TilePlan]]] = {}
+    for record in records:
+        record.entries["step"] = torch.zeros((), dtype=torch.float32)
+        for plan in record.route.tiles:
+            key = ExtentKey(
+                record.route.rule, plan.shape, state_dtype(record.parameter), record.device
+            )
+            arrivals.setdefault(key, []).append((record, plan))
+    for key, tiles in arrivals.items():
+        extents[key] = _restack(key, tiles, extents.get(key))
+    for record in records:
+        if record in saved:
+            for key_name, entry in record.entries.items():
+                entry.copy_(torch.as_tensor(saved[record][key_name]))
+            record.steps = int(record.entries["step"])
+            record.begun = True
+
+
+def discard(records: Collection[ParameterRecord], extents: dict[ExtentKey, Extent]) -> None:
+    """Drop the blocks of ``records``; the other blocks of their stacks move together."""
+    for key, extent in list(extents.items()):
+        kept = [tile for tile in extent.tiles if tile.record not in records]
+        if not kept:
+            del extents[key]
+        elif len(kept) < len(extent.tiles):
+            extent.tiles = kept
+            extents[key] = _restack(key, [], extent)
+
+
+def _restack(
+    key: ExtentKey, arrivals: list[tuple[ParameterRecord, TilePlan]], old: Extent | None
+) -> Extent:
+    """A new extent of the old tiles, with their values, and the arrivals; sets the entries."""
+    places = [(tile.record, tile.plan, tile) for tile in old.tiles] if old else []
+    places += [(record, plan, None) for record, plan in arrivals]
+    places.sort(key=lambda place: place[0].index)  # stable: tiles of a parameter keep their order
+    blocks = sum(plan.blocks for _, plan, _ in places)
+    stack = Stack(key.rule.fields(key.shape), blocks, key.dtype, key.device)
+    extent = Extent(key.rule, key.shape, stack)
+    start = 0
+    for record, plan, before in places:
+        tile = Tile(record, plan, start, start + plan.blocks)
+        extent.tiles.append(tile)
+        if before is not None and old is not None:
+            source = old.stack.window(before.start, before.stop)
+            for name, view in stack.window(tile.start, tile.stop).items():
+                view.copy_(source[name])
+        start = tile.stop
+    for record, tiles in itertools.groupby(extent.tiles, key=lambda tile: tile.record):
+        _show(record, extent, list(tiles))
+    return extent
+
+
+def _show(record: ParameterRecord, extent: Extent, tiles: list[Tile]) -> None:
+    """Point the record's entries at its blocks of this extent."""
+    shapes = record.route.entry_shapes(record.shape)
+    suffix = next(suffix for suffix, shape, _ in record.route.extents() if shape == extent.shape)
+    for name, view in extent.stack.window(tiles[0].start, tiles[-1].stop).items():
+        record.entries[name + suffix] = view.view(shapes[name + suffix])

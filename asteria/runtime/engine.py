@@ -1,0 +1,207 @@
+"""The step: from gradients to weights, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from asteria.algorithms.algorithm import Algorithm, BlockState, Pair
+from asteria.config.runtime import RuntimeConfig
+from asteria.linalg.eigenbasis import (
+    BasisResult,
+    eigh_basis,
+    matched_eigh_basis,
+    orthogonal_iteration,
+)
+from asteria.linalg.scratch import Scratch
+from asteria.refresh.schedule import is_due, young_steps
+from asteria.runtime.admission import admit, discard
+from asteria.runtime.chunks import CHUNK_BYTES, Chunk, Update, chunks
+from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error
+from asteria.runtime.records import Extent, ExtentKey, ParameterRecord
+from asteria.runtime.weights import apply_, gather_, normalize_
+from asteria.telemetry.counters import Stats
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """State and step of one optimizer. Every method is for the training thread."""
+
+    def __init__(self, config: RuntimeConfig) -> None:
+        self._config = config
+        self._extents: dict[ExtentKey, Extent] = {}
+        self._scratch = Scratch()
+        self._guard = DeviceGuard()
+        self._steps = 0
+        self._skipped_steps = 0
+        self._refreshes = 0
+        self._failures: dict[torch.device, Tensor] = {}
+
+    def admit(
+        self,
+        records: list[ParameterRecord],
+        saved: Mapping[ParameterRecord, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Make state for new records, from what was saved of them if anything was."""
+        admit(records, saved or {}, self._extents)
+
+    def discard(self, records: list[ParameterRecord]) -> None:
+        """Drop the state of records."""
+        discard(records, self._extents)
+
+    def stats(self) -> Stats:
+        """What was done so far; waits for the device."""
+        self._collect_verdicts(wait=True)
+        return Stats(
+            steps=self._steps,
+            skipped_steps=self._skipped_steps,
+            refreshes=self._refreshes,
+            failed_refreshes=sum(int(count) for count in self._failures.values()),
+        )
+
+    def accepts(
+        self, names: list[str], gradients: list[Tensor], *, ready: bool
+    ) -> tuple[bool, Tensor | None]:
+        """Look at a step's gradients, before anything is changed: (whether to step, gate).
+
+        On the host, or with ``ready`` False (state is yet to be made, which waits for the device
+        anyway), a non-finite gradient is found now; else a gate comes back that closes on the
+        device, and the report follows at a later step. Raises NonFiniteGradientError if the
+        configuration asks for it.
+        """
+        self._steps += 1
+        self._collect_verdicts(wait=False)
+        if ready and any(gradient.device.type != "cpu" for gradient in gradients):
+            return True, self._guard.gate(gradients, names)
+        flags = finite_flags(gradients).tolist()
+        if all(flags):
+            return True, None
+        self._count_skip([name for name, ok in zip(names, flags, strict=True) if not ok])
+        return False, None
+
+    def _collect_verdicts(self, *, wait: bool) -> None:
+        for names in self._guard.collect(wait=wait):
+            self._count_skip(names)
+
+    def _count_skip(self, names: list[str]) -> None:
+        self._skipped_steps += 1
+        if self._config.nonfinite == "raise":
+            raise nonfinite_error(names)
+
+    def step(self, updates: Mapping[ParameterRecord, Update], gate: Tensor | None) -> None:
+        """One step of every parameter in ``updates``, whose gradients are there and accepted."""
+        for extent in self._extents.values():
+            for chunk in chunks(extent, updates):
+                self._step_chunk(chunk, updates, gate)
+        for record in updates:
+            if record.begun or self._moves_at_once(record.route.rule):
+                record.steps += 1
+                record.entries["step"].fill_(record.steps)
+            record.begun = True
+
+    def _moves_at_once(self, rule: Algorithm) -> bool:
+        """Whether the first gradient already advances the moments."""
+        start = self._config.start
+        return start == "adam" or (start == "fresh" and not rule.has_bases)
+
+    def _step_chunk(
+        self, chunk: Chunk, updates: Mapping[ParameterRecord, Update], gate: Tensor | None
+    ) -> None:
+        rule, stack, hyper = chunk.extent.rule, chunk.extent.stack, chunk.hyper
+        state = stack.window(chunk.start, chunk.stop)
+        shape = (chunk.stop - chunk.start, *chunk.extent.shape.dims)
+        gradient, first, second = (
+            self._scratch.take(name, shape, stack.dtype, stack.device)
+            for name in ("gradient", "first", "second")
+        )
+        if gate is not None:
+            gate = gate.to(device=stack.device, dtype=stack.dtype, non_blocking=True)
+        gather_(gradient, chunk, gate)
+
+        moves = chunk.begun or self._moves_at_once(rule)
+        if not chunk.begun:
+            self._begin_(chunk, state, gradient)
+        if moves:
+            direction, scale = rule.direction_(
+                state, gradient, hyper, step=chunk.steps + 1, scratch=(first, second), gate=gate
+            )
+        elif self._config.start == "fresh":
+            # In the eigenbasis of this very gradient Adam would amplify what is rounding noise.
+            torch.abs(gradient, out=first).add_(hyper.eps)
+            direction, scale = torch.div(gradient, first, out=second), 1.0
+        else:
+            return
+        if hyper.normalize_grads:
+            normalize_(direction, chunk)
+        apply_(direction, chunk, updates, scale=scale, gate=gate)
+        if chunk.begun:
+            rule.accumulate_(state, gradient, hyper, scratch=(first, second), gate=gate)
+        if moves:
+            self._refresh_due(chunk, state, (first, second))
+
+    def _begin_(self, chunk: Chunk, state: BlockState, gradient: Tensor) -> None:
+        """First statistics and bases."""
+        rule, rank = chunk.extent.rule, len(chunk.extent.shape.dims)
+        rule.begin_(state, gradient, chunk.hyper)
+        for mode in range(rank):
+            for part in _parts(state, mode):
+                factor, basis = part[f"factor_{mode}"], part[f"basis_{mode}"]
+                if self._config.start == "adam":
+                    basis.copy_(torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device))
+                else:
+                    fresh = eigh_basis(factor)
+                    self._count_refresh(fresh)
+                    basis.copy_(fresh.basis)
+
+    def _refresh_due(self, chunk: Chunk, state: BlockState, scratch: Pair) -> None:
+        """Refresh every basis of the chunk if its step says so, and carry the moments along."""
+        rule, hyper, step = chunk.extent.rule, chunk.hyper, chunk.steps + 1
+        start = self._config.start
+        period = hyper.precondition_frequency
+        young_until = young_steps(hyper.shampoo_beta) if start == "fresh" else 0
+        if not rule.has_bases or not is_due(step, period=period, young_until=young_until):
+            return
+        exact = self._config.refresh_method == "eigh" or (start == "adam" and step == period)
+        rank = len(chunk.extent.shape.dims)
+        for mode in range(rank):
+            offset = 0
+            for part in _parts(state, mode):
+                factor, basis = part[f"factor_{mode}"], part[f"basis_{mode}"]
+                fresh = self._refreshed(factor, basis, exact=exact, sort=rule.sorts_columns)
+                blocks = slice(offset, offset + len(basis))
+                turns: list[Tensor | None] = [None] * rank
+                turns[mode] = torch.bmm(basis.mT, fresh)
+                rule.rotate_(part, turns, (scratch[0][blocks], scratch[1][blocks]))
+                basis.copy_(fresh)
+                offset = blocks.stop
+
+    def _refreshed(self, factor: Tensor, basis: Tensor, *, exact: bool, sort: bool) -> Tensor:
+        """New bases (b, n, n); where none could be computed, the ones in use."""
+        if exact:
+            result = matched_eigh_basis(factor, basis)
+        else:
+            result = orthogonal_iteration(factor, basis, sort=sort)
+        self._count_refresh(result)
+        return torch.where(result.usable[:, None, None], result.basis, basis)
+
+    def _count_refresh(self, result: BasisResult) -> None:
+        device = result.usable.device
+        self._refreshes += len(result.usable)
+        failed = (~result.usable).sum()
+        self._failures[device] = self._failures.get(device, torch.zeros_like(failed)) + failed
+
+
+def _parts(state: BlockState, mode: int) -> Iterator[BlockState]:
+    """The state cut along its blocks, so that work on one mode's factors stays within a chunk.
+
+    Nothing if the mode has no factor.
+    """
+    factor = state.get(f"factor_{mode}")
+    if factor is None:
+        return
+    blocks = max(1, CHUNK_BYTES // (factor.element_size() * factor.shape[-1] ** 2))
+    for start in range(0, len(factor), blocks):
+        yield {name: tensor[start : start + blocks] for name, tensor in state.items()}

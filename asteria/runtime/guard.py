@@ -1,0 +1,97 @@
+"""Keeping non-finite gradients away from factors, moments and weights.
+
+On the host one look decides before anything changes. On an accelerator a look would make the host
+wait at every step, so there the decision stays on the device: a scalar gate that is 1, or 0 to
+leave everything as it is. The host reads it a step later, when it has long arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asteria.errors import NonFiniteGradientError
+
+__all__ = ["DeviceGuard", "finite_flags", "nonfinite_error"]
+
+
+def finite_flags(gradients: Sequence[Tensor]) -> Tensor:
+    """Whether each gradient is free of inf and nan: (len,) bool, on the first one's device."""
+    device = gradients[0].device
+    flags = torch.ones(len(gradients), dtype=torch.bool, device=device)
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        if gradient.numel():
+            groups.setdefault((gradient.device, gradient.dtype), []).append(index)
+    for members in groups.values():
+        norms = torch._foreach_norm([gradients[index] for index in members], float("inf"))
+        finite = torch.stack(list(norms)).isfinite().to(device, non_blocking=True)
+        if len(members) == len(gradients):
+            return finite
+        flags[torch.tensor(members, device=device)] = finite
+    return flags
+
+
+def nonfinite_error(names: Sequence[str]) -> NonFiniteGradientError:
+    """The error for gradients of these names."""
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return NonFiniteGradientError(
+        f"the gradient of {shown} holds inf or nan; weights and optimizer state were left as they "
+        "were. Find its cause (loss scale, learning rate, data), skip such steps with "
+        'RuntimeConfig(nonfinite="skip"), or let a GradScaler decide'
+    )
+
+
+@dataclass(slots=True)
+class _Verdict:
+    flags: Tensor
+    """(parameters,) bool in host memory, valid once ``arrived`` says so."""
+    names: list[str]
+    arrived: torch.Event | None
+
+    def bad_names(self, *, wait: bool) -> list[str] | None:
+        """Names with a non-finite gradient; None if the flags have not arrived."""
+        if self.arrived is not None:
+            if wait:
+                self.arrived.synchronize()
+            elif not self.arrived.query():
+                return None
+        return [n for n, ok in zip(self.names, self.flags.tolist(), strict=True) if not ok]
+
+
+class DeviceGuard:
+    """Gates steps on the device and reports to the host afterwards. Training thread only."""
+
+    def __init__(self) -> None:
+        self._verdicts: list[_Verdict] = []
+
+    def gate(self, gradients: Sequence[Tensor], names: list[str]) -> Tensor:
+        """A float32 scalar on the gradients' device: 1 if all are finite, else 0. Never waits."""
+        flags = finite_flags(gradients)
+        arrived: torch.Event | None = None
+        host = flags
+        if flags.device.type != "cpu":
+            host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+            host.copy_(flags, non_blocking=True)
+            arrived = torch.Event(flags.device)
+            arrived.record()
+        self._verdicts.append(_Verdict(host, names, arrived))
+        return flags.all().to(torch.float32)
+
+    def collect(self, *, wait: bool = False) -> list[list[str]]:
+        """Names of each gated-off step whose verdict has arrived; every step is told once.
+
+        With ``wait``, all verdicts are waited for.
+        """
+        bad_steps = []
+        while self._verdicts:
+            names = self._verdicts[0].bad_names(wait=wait)
+            if names is None:
+                break
+            del self._verdicts[0]
+            if names:
+                bad_steps.append(names)
+        return bad_steps

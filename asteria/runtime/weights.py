@@ -1,0 +1,102 @@
+"""Applying directions to weights of any dtype and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from asteria.linalg.rounding import stochastic_round
+from asteria.runtime.chunks import Chunk, Update
+from asteria.runtime.records import ParameterRecord, Tile
+
+__all__ = ["apply_", "gather_", "normalize_"]
+
+
+def _slots(chunk: Chunk, stacked: Tensor, regions: Sequence[Tensor]) -> list[Tensor]:
+    """The part of a chunk-shaped tensor that belongs to each tile, viewed as its region."""
+    return [
+        stacked[tile.start - chunk.start : tile.stop - chunk.start].view(region.shape)
+        for tile, region in zip(chunk.tiles, regions, strict=True)
+    ]
+
+
+def gather_(out: Tensor, chunk: Chunk, gate: Tensor | None) -> None:
+    """Copy the gradients of the chunk's tiles into ``out`` (blocks, *dims), converting dtypes.
+
+    A closed gate leaves zeros, so that nothing non-finite is in the arithmetic.
+    """
+    regions = [_region(tile, tile.record.parameter.grad) for tile in chunk.tiles]
+    torch._foreach_copy_(_slots(chunk, out, regions), regions)
+    if gate is not None:
+        out.masked_fill_(gate == 0, 0)
+    if chunk.hyper.maximize:
+        out.neg_()
+
+
+def _region(tile: Tile, tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise RuntimeError("a gradient vanished during the step")
+    return tile.plan.region(tensor)
+
+
+def normalize_(direction: Tensor, chunk: Chunk) -> None:
+    """Scale each block (each parameter, under the AdamW rule) to a root mean square of 1."""
+    if chunk.extent.shape.dims:
+        parts = [direction]
+    else:
+        parts = [
+            direction[tile.start - chunk.start : tile.stop - chunk.start].unsqueeze(0)
+            for tile in chunk.tiles
+        ]
+    for part in parts:
+        dims = list(range(1, part.dim()))
+        part.div_(part.square().mean(dims, keepdim=True).sqrt_().add_(1e-30))
+
+
+def apply_(
+    direction: Tensor,
+    chunk: Chunk,
+    updates: Mapping[ParameterRecord, Update],
+    *,
+    scale: float,
+    gate: Tensor | None,
+) -> None:
+    """w <- (w - lr scale direction) (1 - lr weight_decay), for every tile of the chunk.
+
+    The weight decay comes after the update, as published. Narrow weights (bf16, fp16) are updated
+    in float32 and rounded once. ``direction`` is overwritten.
+    """
+    if gate is not None:
+        direction.mul_(gate)
+    regions = [tile.plan.region(tile.record.parameter) for tile in chunk.tiles]
+    changes = _slots(chunk, direction, regions)
+    groups: dict[tuple[float, float, bool], list[int]] = {}
+    for index, tile in enumerate(chunk.tiles):
+        update = updates[tile.record]
+        exact = tile.record.dtype == direction.dtype
+        groups.setdefault((update.lr, update.weight_decay, exact), []).append(index)
+    for (lr, weight_decay, exact), members in groups.items():
+        targets = [regions[index] for index in members]
+        weights = targets if exact else [target.to(direction.dtype) for target in targets]
+        torch._foreach_add_(weights, [changes[index] for index in members], alpha=-lr * scale)
+        if weight_decay > 0 and gate is None:
+            torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        elif weight_decay > 0:
+            torch._foreach_mul_(weights, 1 - gate * (lr * weight_decay))
+        if not exact:
+            for index, target, weight in zip(members, targets, weights, strict=True):
+                _round_into_(target, weight, chunk, chunk.tiles[index])
+
+
+def _round_into_(target: Tensor, weight: Tensor, chunk: Chunk, tile: Tile) -> None:
+    if chunk.hyper.stochastic_rounding and target.dtype == torch.bfloat16:
+        # The noise depends on what is rounded and when, and on nothing that a resumed run, another
+        # rank or another chunking could do differently.
+        seed = 0
+        for part in (tile.record.index, tile.plan.ordinal, chunk.steps, chunk.begun):
+            seed = (seed * 1_000_003 + part) % 2**63
+        generator = torch.Generator(target.device).manual_seed(seed)
+        weight = stochastic_round(weight, generator)
+    target.copy_(weight)

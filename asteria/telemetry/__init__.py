@@ -1,0 +1,1 @@
+"""What the optimizer counts; a sink handed down, never a global."""
