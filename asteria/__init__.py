@@ -15,8 +15,7 @@ from asteria.errors import (
 )
 from asteria.optim.kl import KLSOAP, KLShampoo
 from asteria.optim.soap import SOAP
-
-__version__ = "0.1.0"
+from asteria.version import __version__
 
 __all__ = [
     "KLSOAP",
@@ -30,4 +29,5 @@ __all__ = [
     "ParameterChangedError",
     "RefreshError",
     "RuntimeConfig",
+    "__version__",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from asteria.algorithms.adam import adam_update_, ema_
-from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, bases, factors
+from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, bases
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.linalg.modes import decay_gram_, scale_modes_, transform
 from asteria.store.stack import FieldSpec
@@ -213,18 +213,14 @@ def _damping(roots: list[Tensor], hyper: Hyperparameters) -> list[Tensor | None]
     return [total / trace for trace in traces]
 
 
-def _seen_by_eigenvalues(
-    old: list[Tensor], new: list[Tensor], mode: int
-) -> list[Tensor | None]:
+def _seen_by_eigenvalues(old: list[Tensor], new: list[Tensor], mode: int) -> list[Tensor | None]:
     """The inverse roots of the other modes that mode's eigenvalues are estimated with.
 
     All are those of before the step, but for the published code of rank 3, which goes from the
     last mode to the first and uses the new ones of the mode it has just done.
     """
     newest = mode + 1 if len(old) == 3 else None
-    return [
-        None if j == mode else (new[j] if j == newest else old[j]) for j in range(len(old))
-    ]
+    return [None if j == mode else (new[j] if j == newest else old[j]) for j in range(len(old))]
 
 
 def _seen_by_factor(old: list[Tensor], new: list[Tensor], mode: int) -> list[Tensor | None]:

@@ -123,7 +123,8 @@ class RuntimeConfig:
             if value not in built:
                 options = ", ".join(repr(option) for option in built)
                 raise ConfigError(
-                    f"RuntimeConfig.{name}={value!r} is not available in this version: use {options}"
+                    f"RuntimeConfig.{name}={value!r} is not available in this version: "
+                    f"use {options}"
                 )
         if not isinstance(self.staleness, int) or self.staleness < 0:
             raise ConfigError(

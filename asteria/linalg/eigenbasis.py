@@ -39,7 +39,7 @@ def eigh_basis(factor: Tensor) -> BasisResult:
         if ok:
             try:
                 vectors = torch.linalg.eigh(factor[index].double()).eigenvectors
-            except torch.linalg.LinAlgError:
+            except RuntimeError:  # torch.linalg.LinAlgError: no convergence
                 ok = False
             else:
                 basis[index] = vectors.flip(-1)
@@ -81,12 +81,18 @@ def orthogonal_iteration(factor: Tensor, basis: Tensor, *, sort: bool) -> BasisR
     image = torch.bmm(factor, basis)
     if sort:
         order = _order(basis, image)
-        image = image.gather(-1, order)
-    # geqrf with an explicit product: linalg.qr copies a triangle that nobody needs.
-    fresh = torch.linalg.householder_product(*torch.geqrf(image))
-    if sort:
-        fresh = torch.empty_like(image).scatter_(-1, order, fresh)
+        fresh = torch.empty_like(image).scatter_(
+            -1, order, _orthonormalized(image.gather(-1, order))
+        )
+    else:
+        fresh = _orthonormalized(image)
     return BasisResult(fresh, _is_orthogonal(fresh))
+
+
+def _orthonormalized(columns: Tensor) -> Tensor:
+    """The Q of QR; `torch.linalg.qr` would also copy a triangle that nobody needs."""
+    product: Tensor = torch.linalg.householder_product(*torch.geqrf(columns))
+    return product
 
 
 def _is_orthogonal(basis: Tensor) -> Tensor:

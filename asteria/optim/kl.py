@@ -14,7 +14,49 @@ from asteria.optim.optimizer import Parameters, SecondOrderOptimizer
 __all__ = ["KLSOAP", "KLShampoo"]
 
 
-class KLShampoo(SecondOrderOptimizer):
+class _KullbackLeibler(SecondOrderOptimizer):
+    """The options that both optimizers share."""
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        normalize_grads: bool = False,
+        *,
+        init_factor: float | None = None,
+        damp_factors: bool = False,
+        max_inverse_root: float | None = 4000,
+        large_dims: Literal["one_sided", "blocks"] = "one_sided",
+        stochastic_rounding: bool = False,
+        maximize: bool = False,
+        runtime: RuntimeConfig | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "shampoo_beta": shampoo_beta,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "precondition_frequency": precondition_frequency,
+            "max_precond_dim": max_precond_dim,
+            "normalize_grads": normalize_grads,
+            "init_factor": init_factor,
+            "damp_factors": damp_factors,
+            "max_inverse_root": max_inverse_root,
+            "large_dims": large_dims,
+            "stochastic_rounding": stochastic_rounding,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, runtime)
+
+
+class KLShampoo(_KullbackLeibler):
     """KL-Shampoo: Shampoo whose factors minimize a Kullback-Leibler divergence.
 
     Each factor is estimated from gradients whitened by the others; momentum is preconditioned by
@@ -57,46 +99,8 @@ class KLShampoo(SecondOrderOptimizer):
 
     rule = _KLShampooRule()
 
-    def __init__(
-        self,
-        params: Parameters,
-        lr: float | Tensor = 3e-3,
-        betas: tuple[float, float] = (0.9, 0.98),
-        shampoo_beta: float | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        precondition_frequency: int = 10,
-        max_precond_dim: int = 10000,
-        normalize_grads: bool = False,
-        *,
-        init_factor: float | None = None,
-        damp_factors: bool = False,
-        max_inverse_root: float | None = 4000,
-        large_dims: Literal["one_sided", "blocks"] = "one_sided",
-        stochastic_rounding: bool = False,
-        maximize: bool = False,
-        runtime: RuntimeConfig | None = None,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "shampoo_beta": shampoo_beta,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency,
-            "max_precond_dim": max_precond_dim,
-            "normalize_grads": normalize_grads,
-            "init_factor": init_factor,
-            "damp_factors": damp_factors,
-            "max_inverse_root": max_inverse_root,
-            "large_dims": large_dims,
-            "stochastic_rounding": stochastic_rounding,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, runtime)
 
-
-class KLSOAP(KLShampoo):
+class KLSOAP(_KullbackLeibler):
     """KL-SOAP: Adam, without bias correction, in the eigenbases of KL-Shampoo's factors.
 
     Arguments, errors and source as in `KLShampoo`; ``betas[1]`` also decays the second moment.

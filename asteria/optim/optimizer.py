@@ -22,9 +22,7 @@ from asteria.telemetry.counters import Stats
 
 __all__ = ["Parameters", "SecondOrderOptimizer"]
 
-Parameters: TypeAlias = (
-    Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-)
+Parameters: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,17 +46,16 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 f"runtime must be an asteria.RuntimeConfig, found {type(runtime).__name__}"
             )
         check_group(defaults, type(self).__name__)
-        if not isinstance(params, Tensor):
-            params = list(params)
-            if not params:
-                raise ConfigError(
-                    f"{type(self).__name__} got an empty parameter list: pass "
-                    "model.parameters() of a model that has some, before they are consumed"
-                )
+        given: Any = params if isinstance(params, Tensor | set) else list(params)
+        if isinstance(given, list) and not given:
+            raise ConfigError(
+                f"{type(self).__name__} got an empty parameter list: pass model.parameters() of a "
+                "model that has some, as a list if it is used twice"
+            )
         self._runtime = runtime
         self._engine = Engine(runtime)
         self._records: dict[Tensor, ParameterRecord] = {}
-        super().__init__(params, {**defaults, "batch_dims": None})
+        super().__init__(given, {**defaults, "batch_dims": None})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own; raises ConfigError for what cannot be used."""
@@ -74,7 +71,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             group["params"] = list(group["params"])
             for position, entry in enumerate(group["params"]):
                 name, parameter = (
-                    entry if isinstance(entry, tuple) else (f"parameter {position} of {where}", entry)
+                    entry
+                    if isinstance(entry, tuple)
+                    else (f"parameter {position} of {where}", entry)
                 )
                 self._check_parameter(name, parameter, {**self.defaults, **group})
         super().add_param_group(group)
@@ -142,7 +141,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             update = by_group.get(id(group))
             if update is None:
                 check_group(group, name)
-                update = Update(Hyperparameters.of(group), float(group["lr"]), group["weight_decay"])
+                update = Update(
+                    Hyperparameters.of(group), float(group["lr"]), group["weight_decay"]
+                )
                 by_group[id(group)] = update
             updates[record] = update
         fresh = [record for record in updates if record.parameter not in self._records]

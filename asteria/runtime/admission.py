@@ -105,20 +105,23 @@ def _restack(
     key: ExtentKey, arrivals: list[tuple[ParameterRecord, TilePlan]], old: Extent | None
 ) -> Extent:
     """A new extent of the old tiles, with their values, and the arrivals; sets the entries."""
-    places = [(tile.record, tile.plan, tile) for tile in old.tiles] if old else []
-    places += [(record, plan, None) for record, plan in arrivals]
+    places: list[tuple[ParameterRecord, TilePlan, Mapping[str, Tensor]]] = [
+        (record, plan, {}) for record, plan in arrivals
+    ]
+    if old is not None:
+        places += [
+            (tile.record, tile.plan, old.stack.window(tile.start, tile.stop)) for tile in old.tiles
+        ]
     places.sort(key=lambda place: place[0].index)  # stable: tiles of a parameter keep their order
     blocks = sum(plan.blocks for _, plan, _ in places)
     stack = Stack(key.rule.fields(key.shape), blocks, key.dtype, key.device)
     extent = Extent(key.rule, key.shape, stack)
     start = 0
-    for record, plan, before in places:
+    for record, plan, values in places:
         tile = Tile(record, plan, start, start + plan.blocks)
         extent.tiles.append(tile)
-        if before is not None and old is not None:
-            source = old.stack.window(before.start, before.stop)
-            for name, view in stack.window(tile.start, tile.stop).items():
-                view.copy_(source[name])
+        for name, value in values.items():
+            stack.fields[name][tile.start : tile.stop].copy_(value)
         start = tile.stop
     for record, tiles in itertools.groupby(extent.tiles, key=lambda tile: tile.record):
         _show(record, extent, list(tiles))

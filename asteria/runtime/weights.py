@@ -81,10 +81,9 @@ def apply_(
         targets = [regions[index] for index in members]
         weights = targets if exact else [target.to(direction.dtype) for target in targets]
         torch._foreach_add_(weights, [changes[index] for index in members], alpha=-lr * scale)
-        if weight_decay > 0 and gate is None:
-            torch._foreach_mul_(weights, 1 - lr * weight_decay)
-        elif weight_decay > 0:
-            torch._foreach_mul_(weights, 1 - gate * (lr * weight_decay))
+        if weight_decay > 0:
+            decay = lr * weight_decay
+            torch._foreach_mul_(weights, 1 - decay if gate is None else 1 - gate * decay)
         if not exact:
             for index, target, weight in zip(members, targets, weights, strict=True):
                 _round_into_(target, weight, chunk, chunk.tiles[index])
