@@ -41,10 +41,14 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_lr(value: object) -> bool:
+def _is_any_lr(value: object) -> bool:
     if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and value.device.type == "cpu" and _is_lr(float(value))
-    return _is_number(value) and value >= 0  # type: ignore[operator]
+        return value.numel() == 1 and value.device.type == "cpu" and _is_number(float(value))
+    return _is_number(value)
+
+
+def _is_lr(value: object) -> bool:
+    return _is_any_lr(value) and value >= 0  # type: ignore[operator]
 
 
 def _is_decay(value: object) -> bool:
@@ -117,9 +121,14 @@ def check_keys(group: Mapping[str, Any], known: Iterable[str], where: str) -> No
         )
 
 
-def check_group(group: Mapping[str, Any], where: str) -> None:
-    """Check the value of every option in ``group``; raises ConfigError for the first bad one."""
+def check_group(group: Mapping[str, Any], where: str, *, scheduled: bool = False) -> None:
+    """Check the value of every option in ``group``; raises ConfigError for the first bad one.
+
+    A ``scheduled`` learning rate may be negative: schedules round to a little below zero.
+    """
     for key, (check, wanted) in _CHECKS.items():
+        if scheduled and key == "lr":
+            check, wanted = _is_any_lr, "a finite number"
         if key in group and not check(group[key]):
             raise ConfigError(f"{where}: {key} must be {wanted}, found {group[key]!r}")
 

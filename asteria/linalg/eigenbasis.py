@@ -103,9 +103,7 @@ def _is_orthogonal(basis: Tensor) -> Tensor:
     Shapes: (b, n, n) -> (b,) bool. A basis with inf or nan does not pass.
     """
     size = basis.shape[-1]
-    generator = torch.Generator().manual_seed(size)
-    probes = torch.randn(size, _PROBES, generator=generator, dtype=basis.dtype).to(
-        basis.device, non_blocking=True
-    )
+    generator = torch.Generator(basis.device).manual_seed(size)
+    probes = torch.randn(size, _PROBES, generator=generator, dtype=basis.dtype, device=basis.device)
     residual = basis.mT @ (basis @ probes) - probes
     return residual.square().sum((-2, -1)) / _PROBES <= 1e-6 * size

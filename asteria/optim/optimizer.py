@@ -140,7 +140,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             _check_gradient(name, parameter)
             update = by_group.get(id(group))
             if update is None:
-                check_group(group, name)
+                check_group(group, name, scheduled=True)
                 update = Update(
                     Hyperparameters.of(group), float(group["lr"]), group["weight_decay"]
                 )

@@ -76,11 +76,11 @@ class Engine:
         self._collect_verdicts(wait=False)
         if ready and any(gradient.device.type != "cpu" for gradient in gradients):
             return True, self._guard.gate(gradients, names)
-        flags = finite_flags(gradients).tolist()
-        if all(flags):
-            return True, None
-        self._count_skip([name for name, ok in zip(names, flags, strict=True) if not ok])
-        return False, None
+        names, flags = finite_flags(names, gradients)
+        bad = [name for name, ok in zip(names, flags.tolist(), strict=True) if not ok]
+        if bad:
+            self._count_skip(bad)
+        return not bad, None
 
     def _collect_verdicts(self, *, wait: bool) -> None:
         for names in self._guard.collect(wait=wait):

@@ -18,21 +18,23 @@ from asteria.errors import NonFiniteGradientError
 __all__ = ["DeviceGuard", "finite_flags", "nonfinite_error"]
 
 
-def finite_flags(gradients: Sequence[Tensor]) -> Tensor:
-    """Whether each gradient is free of inf and nan: (len,) bool, on the first one's device."""
-    device = gradients[0].device
-    flags = torch.ones(len(gradients), dtype=torch.bool, device=device)
+def finite_flags(names: Sequence[str], gradients: Sequence[Tensor]) -> tuple[list[str], Tensor]:
+    """Whether each gradient is free of inf and nan: names, and (len(names),) bool.
+
+    The names come in the order of the flags; empty gradients are left out. The flags are on the
+    first gradient's device; nothing waits for it.
+    """
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, gradient in enumerate(gradients):
         if gradient.numel():
             groups.setdefault((gradient.device, gradient.dtype), []).append(index)
+    device = gradients[0].device
+    order = [names[index] for members in groups.values() for index in members]
+    flags = [torch.ones(0, dtype=torch.bool, device=device)]
     for members in groups.values():
         norms = torch._foreach_norm([gradients[index] for index in members], float("inf"))
-        finite = torch.stack(list(norms)).isfinite().to(device, non_blocking=True)
-        if len(members) == len(gradients):
-            return finite
-        flags[torch.tensor(members, device=device)] = finite
-    return flags
+        flags.append(torch.stack(list(norms)).isfinite().to(device, non_blocking=True))
+    return order, torch.cat(flags)
 
 
 def nonfinite_error(names: Sequence[str]) -> NonFiniteGradientError:
@@ -70,7 +72,7 @@ class DeviceGuard:
 
     def gate(self, gradients: Sequence[Tensor], names: list[str]) -> Tensor:
         """A float32 scalar on the gradients' device: 1 if all are finite, else 0. Never waits."""
-        flags = finite_flags(gradients)
+        names, flags = finite_flags(names, gradients)
         arrived: torch.Event | None = None
         host = flags
         if flags.device.type != "cpu":
