@@ -42,7 +42,7 @@ def route(shape: torch.Size, group: Mapping[str, Any], rule: Algorithm, name: st
     core = shape[batch:]
     vector = len(core) < 2 and not (group.get("precondition_1d", False) and len(core) == 1)
     if math.prod(shape) == 0 or vector:
-        return _adamw(shape)
+        return _adamw(shape, group)
     cuts = [[slice(0, size)] for size in core]
     if group["large_dims"] == "blocks":
         cuts = [cut(size, limit) for size in core]
@@ -52,22 +52,31 @@ def route(shape: torch.Size, group: Mapping[str, Any], rule: Algorithm, name: st
         permutation = _permutation(len(dims), batch, group)
         block = _block_shape(dims, permutation, limit, group)
         if rule.squeezes and len(block.dims) < 2:
-            return _adamw(shape)
-        for rows in _split_batch(shape[:batch], block):
+            return _adamw(shape, group)
+        for rows in _rows(shape[:batch], math.prod(block.dims)):
             slices = (*rows, *core_slices)
             blocks = math.prod(s.stop - s.start for s in slices[:batch])
             tiles.append(TilePlan(block, blocks, slices, permutation, ordinal=len(tiles)))
     if not any(any(tile.shape.factored) for tile in tiles):
-        return _adamw(shape)
+        return _adamw(shape, group)
     in_order = math.prod(map(len, cuts)) == 1 and tiles[0].permutation is None
     if len(tiles) == 1:
         tiles = [dataclasses.replace(tiles[0], slices=())]
     return Route(rule, tuple(tiles), keeps_layout=in_order)
 
 
-def _adamw(shape: torch.Size) -> Route:
-    plan = TilePlan(BlockShape((), ()), math.prod(shape))
-    return Route(_ADAMW, (plan,), keeps_layout=True)
+def _adamw(shape: torch.Size, group: Mapping[str, Any]) -> Route:
+    """One element is one block; cut along the first dim where the parameter exceeds a chunk."""
+    element = BlockShape((), ())
+    # The root mean square of an update is taken over the parameter, so that one stays whole.
+    if math.prod(shape) * 4 <= CHUNK_BYTES or group["normalize_grads"]:
+        return Route(_ADAMW, (TilePlan(element, math.prod(shape)),), keeps_layout=True)
+    row = math.prod(shape[1:])
+    tiles = tuple(
+        TilePlan(element, (rows.stop - rows.start) * row, (rows,), ordinal=ordinal)
+        for ordinal, (rows,) in enumerate(_rows(shape[:1], row))
+    )
+    return Route(_ADAMW, tiles, keeps_layout=True)
 
 
 def _batch_dims(shape: torch.Size, group: Mapping[str, Any], name: str) -> int:
@@ -100,13 +109,12 @@ def _block_shape(
     return BlockShape(kept, tuple(size <= limit for size in kept))
 
 
-def _split_batch(batch_shape: torch.Size, block: BlockShape) -> Iterator[tuple[slice, ...]]:
+def _rows(batch_shape: torch.Size, block_elements: int) -> Iterator[tuple[slice, ...]]:
     """Slices of the batch dims, cut along the first so that no tile is larger than a chunk."""
     if not batch_shape:
         yield ()
         return
-    row_elements = math.prod(batch_shape[1:]) * math.prod(block.dims)
-    rows = max(1, CHUNK_BYTES // (4 * row_elements))
+    rows = max(1, CHUNK_BYTES // (4 * math.prod(batch_shape[1:]) * block_elements))
     rest = [slice(0, size) for size in batch_shape[1:]]
     for start in range(0, batch_shape[0], rows):
         yield (slice(start, min(start + rows, batch_shape[0])), *rest)

@@ -21,7 +21,7 @@ from asteria.runtime.admission import admit, discard
 from asteria.runtime.chunks import CHUNK_BYTES, Chunk, Update, chunks
 from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error
 from asteria.runtime.records import Extent, ExtentKey, ParameterRecord
-from asteria.runtime.weights import apply_, gather_, normalize_
+from asteria.runtime.weights import apply_, gather, normalize_
 from asteria.telemetry.counters import Stats
 
 __all__ = ["Engine"]
@@ -113,13 +113,13 @@ class Engine:
         rule, stack, hyper = chunk.extent.rule, chunk.extent.stack, chunk.hyper
         state = stack.window(chunk.start, chunk.stop)
         shape = (chunk.stop - chunk.start, *chunk.extent.shape.dims)
-        gradient, first, second = (
+        first, second = (
             self._scratch.take(name, shape, stack.dtype, stack.device)
-            for name in ("gradient", "first", "second")
+            for name in ("first", "second")
         )
         if gate is not None:
             gate = gate.to(device=stack.device, dtype=stack.dtype, non_blocking=True)
-        gather_(gradient, chunk, gate)
+        gradient = gather(chunk, self._scratch, gate)
 
         moves = chunk.begun or self._moves_at_once(rule)
         if not chunk.begun:

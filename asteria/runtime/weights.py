@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from asteria.linalg.rounding import stochastic_round
+from asteria.linalg.scratch import Scratch
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.records import ParameterRecord, Tile
 
-__all__ = ["apply_", "gather_", "normalize_"]
+__all__ = ["apply_", "gather", "normalize_"]
 
 
 def _slots(chunk: Chunk, stacked: Tensor, regions: Sequence[Tensor]) -> list[Tensor]:
@@ -22,17 +23,26 @@ def _slots(chunk: Chunk, stacked: Tensor, regions: Sequence[Tensor]) -> list[Ten
     ]
 
 
-def gather_(out: Tensor, chunk: Chunk, gate: Tensor | None) -> None:
-    """Copy the gradients of the chunk's tiles into ``out`` (blocks, *dims), converting dtypes.
+def gather(chunk: Chunk, scratch: Scratch, gate: Tensor | None) -> Tensor:
+    """The gradients of the chunk's tiles, (blocks, *dims) in the dtype of the state; read-only.
 
-    A closed gate leaves zeros, so that nothing non-finite is in the arithmetic.
+    They are copied together, unless there is but one and it fits as it is. A closed gate leaves
+    zeros, so that nothing non-finite is in the arithmetic.
     """
+    stack = chunk.extent.stack
+    shape = (chunk.stop - chunk.start, *chunk.extent.shape.dims)
     regions = [_region(tile, tile.record.parameter.grad) for tile in chunk.tiles]
+    only = regions[0]
+    as_is = only.dtype == stack.dtype and only.is_contiguous()
+    if len(regions) == 1 and as_is and gate is None and not chunk.hyper.maximize:
+        return only.view(shape)
+    out = scratch.take("gradient", shape, stack.dtype, stack.device)
     torch._foreach_copy_(_slots(chunk, out, regions), regions)
     if gate is not None:
         out.masked_fill_(gate == 0, 0)
     if chunk.hyper.maximize:
         out.neg_()
+    return out
 
 
 def _region(tile: Tile, tensor: Tensor | None) -> Tensor:
