@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,16 +35,23 @@ _FOREIGN_KEYS = frozenset(
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int above the largest float
+        return False
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    whole = not isinstance(value, bool) and isinstance(value, numbers.Integral)
+    return whole and int(value) >= 1
 
 
 def _is_any_lr(value: object) -> bool:
     if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and value.device.type == "cpu" and _is_number(float(value))
+        scalar = value.numel() == 1 and value.device.type == "cpu" and not value.is_complex()
+        return scalar and _is_number(value.item())
     return _is_number(value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import torch
@@ -59,7 +60,7 @@ def parse_bytes(text: int | str) -> int:
                 f"a number of bytes was asked for, found {text!r}: "
                 'give an int or a text such as "8GiB" or "500MB"'
             )
-        size = int(float(match[1]) * _UNITS[match[2]])
+        size = int(Fraction(match[1]) * _UNITS[match[2]])
     if size < 0:
         raise ConfigError(f"a number of bytes must not be negative, found {text!r}")
     return size
@@ -126,13 +127,17 @@ class RuntimeConfig:
                     f"RuntimeConfig.{name}={value!r} is not available in this version: "
                     f"use {options}"
                 )
-        if not isinstance(self.staleness, int) or self.staleness < 0:
+        count = isinstance(self.staleness, int) and not isinstance(self.staleness, bool)
+        if not count or self.staleness < 0:
             raise ConfigError(
                 f"RuntimeConfig.staleness must be an int >= 0 (steps), found {self.staleness!r}"
             )
         for name in ("device_budget", "host_budget", "nvme_budget"):
             if getattr(self, name) is not None:
-                parse_bytes(getattr(self, name))
+                try:
+                    parse_bytes(getattr(self, name))
+                except ConfigError as error:
+                    raise ConfigError(f"RuntimeConfig.{name}: {error}") from None
         for name in _LATER:
             if getattr(self, name) is not None:
                 raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -33,5 +34,6 @@ def merge(shape: Sequence[int], limit: int) -> tuple[int, ...]:
 def cut(size: int, limit: int) -> list[slice]:
     """Cut a dim into the fewest nearly equal parts of at most ``limit``, larger ones first."""
     parts = max(1, math.ceil(size / limit))
-    step = math.ceil(size / parts)
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    small, larger = divmod(size, parts)
+    edges = list(itertools.accumulate([small + (part < larger) for part in range(parts)]))
+    return [slice(start, stop) for start, stop in zip([0, *edges], edges, strict=False)]

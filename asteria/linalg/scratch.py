@@ -31,4 +31,4 @@ class Scratch:
         if buffer is None or buffer.numel() < size:
             buffer = torch.empty(size, dtype=dtype, device=device)
             self._buffers[key] = buffer
-        return buffer[:size].view(*shape)
+        return buffer[:size].view(tuple(shape))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Description", "ParameterDescription"]
+from torch import Tensor
+
+from asteria.runtime.records import Route, state_dtype
+
+__all__ = ["Description", "ParameterDescription", "describe_parameter"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,20 @@ class ParameterDescription:
     """For each block shape the sizes of its Kronecker factors."""
     state_bytes: int
     """Of all state tensors, step counter aside."""
+
+
+def describe_parameter(name: str, parameter: Tensor, way: Route) -> ParameterDescription:
+    """The row of a parameter that goes this way."""
+    shapes = [(shape, blocks) for _, shape, blocks in way.extents() if shape.dims]
+    return ParameterDescription(
+        name=name,
+        shape=tuple(parameter.shape),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        rule=way.rule.name,
+        blocks=tuple((blocks, shape.dims) for shape, blocks in shapes),
+        factors=tuple(shape.factor_sizes() for shape, _ in shapes),
+        state_bytes=way.state_bytes(state_dtype(parameter)),
+    )
 
 
 @dataclass(frozen=True, slots=True)

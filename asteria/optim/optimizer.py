@@ -12,12 +12,12 @@ from asteria.algorithms.algorithm import Algorithm
 from asteria.config.hyperparameters import Hyperparameters, check_group, check_keys
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError, GradientError
-from asteria.optim.description import Description, ParameterDescription
+from asteria.optim.description import Description, describe_parameter
 from asteria.optim.routing import route
-from asteria.runtime.admission import check_entries, refuse
+from asteria.runtime.admission import check_saved
 from asteria.runtime.chunks import Update
 from asteria.runtime.engine import Engine
-from asteria.runtime.records import ParameterRecord, state_dtype
+from asteria.runtime.records import ParameterRecord
 from asteria.telemetry.counters import Stats
 
 __all__ = ["Parameters", "SecondOrderOptimizer"]
@@ -199,18 +199,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         for _, name, parameter, group in self._named():
             record = self._records.get(parameter)
             way = record.route if record else route(parameter.shape, group, self.rule, name)
-            shapes = [(shape, blocks) for _, shape, blocks in way.extents() if shape.dims]
-            rows.append(
-                ParameterDescription(
-                    name=name,
-                    shape=tuple(parameter.shape),
-                    dtype=str(parameter.dtype).removeprefix("torch."),
-                    rule=way.rule.name,
-                    blocks=tuple((blocks, shape.dims) for shape, blocks in shapes),
-                    factors=tuple(shape.factor_sizes() for shape, _ in shapes),
-                    state_bytes=way.state_bytes(state_dtype(parameter)),
-                )
-            )
+            rows.append(describe_parameter(name, parameter, way))
         return Description(tuple(rows))
 
     def stats(self) -> Stats:
@@ -245,23 +234,18 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def _match(self, loaded: Mapping[str, Any]) -> dict[ParameterRecord, Mapping[str, Tensor]]:
         """Records for the loaded state, checked as a whole against the parameters."""
-        own, groups = self.param_groups, loaded["param_groups"]
-        if [len(group["params"]) for group in own] != [len(group["params"]) for group in groups]:
+        groups = [{**self.defaults, **group} for group in loaded["param_groups"]]
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != [len(group["params"]) for group in self.param_groups]:
             return {}  # torch has the error for that
-        matched: dict[ParameterRecord, Mapping[str, Tensor]] = {}
-        problems: list[str] = []
-        saved_ids = [
-            (key, {**self.defaults, **group}) for group in groups for key in group["params"]
-        ]
+        keys = [(key, group) for group in groups for key in group["params"]]
         state = dict(loaded["state"])
-        for (index, name, parameter, _), (key, group) in zip(self._named(), saved_ids, strict=True):
+        matched: dict[ParameterRecord, Mapping[str, Tensor]] = {}
+        for (index, name, parameter, _), (key, group) in zip(self._named(), keys, strict=True):
             entries = state.pop(key, None)
             if entries:
-                record = self._make_record(index, name, parameter, group)
-                problems += check_entries(record, entries)
-                matched[record] = entries
-        problems += [f"state of a parameter {key!r} that no group has" for key in state]
-        refuse(problems)
+                matched[self._make_record(index, name, parameter, group)] = entries
+        check_saved(matched, [f"state of a parameter {key!r} that no group has" for key in state])
         return matched
 
     def _restore(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:

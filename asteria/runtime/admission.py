@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -19,33 +19,37 @@ from asteria.runtime.records import (
 )
 from asteria.store.stack import Stack
 
-__all__ = ["admit", "check_entries", "discard", "refuse"]
+__all__ = ["admit", "check_saved", "discard"]
 
 
-def check_entries(record: ParameterRecord, saved: Mapping[str, object]) -> list[str]:
-    """What keeps ``saved`` from being this parameter's state, as a list of complaints."""
+def check_saved(
+    saved: Mapping[ParameterRecord, Mapping[str, object]], problems: Iterable[str] = ()
+) -> None:
+    """Check that every saved state is one of its parameter.
+
+    Raises CheckpointError that lists ``problems`` and all others: keys that are missing, unknown
+    or of another shape.
+    """
+    found = [*problems, *(line for record in saved for line in _complaints(record, saved[record]))]
+    if found:
+        raise CheckpointError(
+            "this state does not belong to these parameters; nothing was loaded:\n  "
+            + "\n  ".join(found)
+        )
+
+
+def _complaints(record: ParameterRecord, saved: Mapping[str, object]) -> Iterator[str]:
     wanted = {"step": (), **record.route.entry_shapes(record.shape)}
-    problems = []
     for key in sorted(wanted.keys() | saved.keys()):
         if key not in saved:
-            problems.append(f"{record.name}: {key} is missing")
+            yield f"{record.name}: {key} is missing"
         elif key not in wanted:
-            problems.append(f"{record.name}: {key} is not part of {record.route.rule.name}'s state")
+            yield f"{record.name}: {key} is not part of {record.route.rule.name}'s state"
         else:
             value = saved[key]
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
             if shape != wanted[key]:
-                problems.append(f"{record.name}: {key} has shape {shape}, needs {wanted[key]}")
-    return problems
-
-
-def refuse(problems: list[str]) -> None:
-    """Raise CheckpointError that lists all problems, if there are any."""
-    if problems:
-        raise CheckpointError(
-            "this state does not belong to these parameters; nothing was loaded:\n  "
-            + "\n  ".join(problems)
-        )
+                yield f"{record.name}: {key} has shape {shape}, needs {wanted[key]}"
 
 
 def admit(
@@ -64,14 +68,7 @@ def admit(
     does not fit.
     """
     records = list(records)
-    refuse(
-        [
-            problem
-            for record in records
-            if record in saved
-            for problem in check_entries(record, saved[record])
-        ]
-    )
+    check_saved(saved)
     arrivals: dict[ExtentKey, list[tuple[ParameterRecord, TilePlan]]] = {}
     for record in records:
         record.entries["step"] = torch.zeros((), dtype=torch.float32)
