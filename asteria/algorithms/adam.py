@@ -94,5 +94,5 @@ class AdamW:
     ) -> None:
         """Nothing: there are no factors."""
 
-    def rotate_(self, state: BlockState, turns: list[Tensor | None], scratch: Pair) -> None:
+    def rotate_(self, state: BlockState, fresh: list[Tensor | None], scratch: Pair) -> None:
         """Nothing: there is no basis."""

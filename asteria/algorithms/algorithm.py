@@ -103,5 +103,8 @@ class Algorithm(Protocol):
     ) -> None:
         """Fold the gradient into the factors."""
 
-    def rotate_(self, state: BlockState, turns: list[Tensor | None], scratch: Pair) -> None:
-        """Carry the moments along when every basis Q_k becomes Q_k turns[k]."""
+    def rotate_(self, state: BlockState, fresh: list[Tensor | None], scratch: Pair) -> None:
+        """Carry the moments over from the bases in ``state`` to the ``fresh`` ones.
+
+        ``fresh[k]`` (b, d_k, d_k) is None for a mode without a basis; the state's bases stay.
+        """

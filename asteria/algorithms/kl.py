@@ -16,7 +16,7 @@ from torch import Tensor
 from asteria.algorithms.adam import adam_update_, ema_
 from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, bases
 from asteria.config.hyperparameters import Hyperparameters
-from asteria.linalg.modes import decay_gram_, scale_modes_, transform
+from asteria.linalg.modes import change_basis_, decay_gram_, scale_modes_, transform
 from asteria.store.stack import FieldSpec
 
 __all__ = ["KLSOAP", "KLShampoo"]
@@ -129,7 +129,7 @@ class KLShampoo(_KullbackLeibler):
         update = torch.div(projected, denominator.add_(hyper.eps), out=free)
         return transform(update, basis, scratch, transpose=False), 1.0
 
-    def rotate_(self, state: BlockState, turns: list[Tensor | None], scratch: Pair) -> None:
+    def rotate_(self, state: BlockState, fresh: list[Tensor | None], scratch: Pair) -> None:
         """Nothing: the moment is in the parameter's space, eigenvalues stay with their columns."""
 
 
@@ -162,10 +162,9 @@ class KLSOAP(_KullbackLeibler):
         )
         return transform(update, basis, scratch, transpose=False), 1.0
 
-    def rotate_(self, state: BlockState, turns: list[Tensor | None], scratch: Pair) -> None:
+    def rotate_(self, state: BlockState, fresh: list[Tensor | None], scratch: Pair) -> None:
         """The first moment is rotated; the second stays with its columns (contract C4)."""
-        exp_avg = state["exp_avg"]
-        exp_avg.copy_(transform(exp_avg, turns, scratch, transpose=True))
+        change_basis_(state["exp_avg"], bases(state, len(fresh)), fresh, scratch)
 
 
 def _kl_fields(block: BlockShape) -> tuple[FieldSpec, ...]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from asteria.algorithms.adam import adam_update_, bias_correction
 from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, bases, factors
 from asteria.config.hyperparameters import Hyperparameters
-from asteria.linalg.modes import decay_gram_, transform
+from asteria.linalg.modes import change_basis_, decay_gram_, transform
 from asteria.store.stack import FieldSpec
 
 __all__ = ["SOAP"]
@@ -61,10 +61,9 @@ class SOAP:
         """Fold G_(k) G_(k)^T into the factor of every mode."""
         _fold_(state, gradient, hyper, gate=gate)
 
-    def rotate_(self, state: BlockState, turns: list[Tensor | None], scratch: Pair) -> None:
+    def rotate_(self, state: BlockState, fresh: list[Tensor | None], scratch: Pair) -> None:
         """The first moment is rotated; the second stays with its columns (contract C4)."""
-        exp_avg = state["exp_avg"]
-        exp_avg.copy_(transform(exp_avg, turns, scratch, transpose=True))
+        change_basis_(state["exp_avg"], bases(state, len(fresh)), fresh, scratch)
 
 
 def _fold_(

@@ -44,8 +44,9 @@ def _is_number(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    whole = not isinstance(value, bool) and isinstance(value, numbers.Integral)
-    return whole and int(value) >= 1
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return False
+    return int(value) >= 1
 
 
 def _is_any_lr(value: object) -> bool:

@@ -144,17 +144,18 @@ class Engine:
 
     def _begin_(self, chunk: Chunk, state: BlockState, gradient: Tensor) -> None:
         """First statistics and bases."""
-        rule, rank = chunk.extent.rule, len(chunk.extent.shape.dims)
-        rule.begin_(state, gradient, chunk.hyper)
-        for mode in range(rank):
-            for part in _parts(state, mode):
-                factor, basis = part[f"factor_{mode}"], part[f"basis_{mode}"]
-                if self._config.start == "adam":
-                    basis.copy_(torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device))
-                else:
-                    fresh = eigh_basis(factor)
-                    self._count_refresh(fresh)
-                    basis.copy_(fresh.basis)
+        chunk.extent.rule.begin_(state, gradient, chunk.hyper)
+        for mode in range(len(chunk.extent.shape.dims)):
+            factor, basis = state.get(f"factor_{mode}"), state.get(f"basis_{mode}")
+            if factor is None or basis is None:
+                continue
+            if self._config.start == "adam":
+                basis.copy_(torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device))
+                continue
+            for blocks in _parts(state):
+                fresh = eigh_basis(factor[blocks])
+                self._count_refresh(fresh)
+                basis[blocks].copy_(fresh.basis)
 
     def _refresh_due(self, chunk: Chunk, state: BlockState, scratch: Pair) -> None:
         """Refresh every basis of the chunk if its step says so, and carry the moments along."""
@@ -165,18 +166,20 @@ class Engine:
         if not rule.has_bases or not is_due(step, period=period, young_until=young_until):
             return
         exact = self._config.refresh_method == "eigh" or (start == "adam" and step == period)
-        rank = len(chunk.extent.shape.dims)
-        for mode in range(rank):
-            offset = 0
-            for part in _parts(state, mode):
-                factor, basis = part[f"factor_{mode}"], part[f"basis_{mode}"]
-                fresh = self._refreshed(factor, basis, exact=exact, sort=rule.sorts_columns)
-                blocks = slice(offset, offset + len(basis))
-                turns: list[Tensor | None] = [None] * rank
-                turns[mode] = torch.bmm(basis.mT, fresh)
-                rule.rotate_(part, turns, (scratch[0][blocks], scratch[1][blocks]))
-                basis.copy_(fresh)
-                offset = blocks.stop
+        modes = range(len(chunk.extent.shape.dims))
+        for blocks in _parts(state):
+            part = {name: tensor[blocks] for name, tensor in state.items()}
+            fresh: list[Tensor | None] = [None for _ in modes]
+            for mode in modes:
+                factor, basis = part.get(f"factor_{mode}"), part.get(f"basis_{mode}")
+                if factor is not None and basis is not None:
+                    fresh[mode] = self._refreshed(
+                        factor, basis, exact=exact, sort=rule.sorts_columns
+                    )
+            rule.rotate_(part, fresh, (scratch[0][blocks], scratch[1][blocks]))
+            for mode, basis in enumerate(fresh):
+                if basis is not None:
+                    part[f"basis_{mode}"].copy_(basis)
 
     def _refreshed(self, factor: Tensor, basis: Tensor, *, exact: bool, sort: bool) -> Tensor:
         """New bases (b, n, n); where none could be computed, the ones in use."""
@@ -194,14 +197,11 @@ class Engine:
         self._failures[device] = self._failures.get(device, torch.zeros_like(failed)) + failed
 
 
-def _parts(state: BlockState, mode: int) -> Iterator[BlockState]:
-    """The state cut along its blocks, so that work on one mode's factors stays within a chunk.
-
-    Nothing if the mode has no factor.
-    """
-    factor = state.get(f"factor_{mode}")
-    if factor is None:
-        return
-    blocks = max(1, CHUNK_BYTES // (factor.element_size() * factor.shape[-1] ** 2))
-    for start in range(0, len(factor), blocks):
-        yield {name: tensor[start : start + blocks] for name, tensor in state.items()}
+def _parts(state: BlockState) -> Iterator[slice]:
+    """Cuts the blocks so that what is made of their largest factors stays within a chunk."""
+    factors = [tensor for name, tensor in state.items() if name.startswith("factor_")]
+    if factors:
+        largest = max(factor[0].numel() * factor.element_size() for factor in factors)
+        step = max(1, CHUNK_BYTES // largest)
+        for start in range(0, len(factors[0]), step):
+            yield slice(start, start + step)
