@@ -55,7 +55,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._runtime = runtime
         self._engine = Engine(runtime)
         self._records: dict[Tensor, ParameterRecord] = {}
-        super().__init__(given, {**defaults, "batch_dims": None})
+        # The published code knows no stacks of matrices, so the control arm guesses none.
+        batch_dims = 0 if runtime == RuntimeConfig.reference() else None
+        super().__init__(given, {**defaults, "batch_dims": batch_dims})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own; raises ConfigError for what cannot be used."""

@@ -19,7 +19,8 @@ class SOAP(SecondOrderOptimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs or groups, as in every torch optimizer. A
             group may override any option below up to ``maximize``, and may set ``batch_dims``:
-            the number of leading dims that index independent blocks (stacks of experts).
+            the number of leading dims that index independent blocks (stacks of experts). Its
+            default None finds stacks by their shape: rank 3, the last two dims at least 32.
         lr: learning rate; a number, or a one-element tensor on the CPU.
         betas: decay of the first and second moment.
         shampoo_beta: decay of the Kronecker factors; None takes ``betas[1]``.

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 import asteria
-from tests.parity.replay import REFERENCE, assert_follows, replay_asteria, replay_reference
+from tests.parity.replay import (
+    ASTERIA,
+    REFERENCE,
+    assert_follows,
+    asteria_options,
+    replay_asteria,
+    replay_reference,
+)
 from tests.reference.gradients import aligned_start, is_regular, within_subspace
 from tests.reference.soap import Array
 
@@ -232,6 +239,41 @@ def test_parameters_that_sometimes_have_no_gradient(optimizer: str) -> None:
     for start, present, actual in zip(starts, gradients, trajectories, strict=True):
         expected = replay_reference(optimizer, published(options), start, present)
         assert_follows(actual, expected, start, TOLERANCE)
+
+
+@pytest.mark.parametrize("optimizer", REFERENCE)
+def test_a_stack_of_matrices_is_as_many_parameters(optimizer: str) -> None:
+    """The published programs have no stacks: to them this is one block of rank 3."""
+    options = {"precondition_frequency": 3}
+    built = [Case(optimizer, (32, 32), options, "subspace").build(seed) for seed in range(3)]
+    start = np.stack([matrix for matrix, _ in built])
+    gradients = np.stack([given for _, given in built], axis=1)
+    arguments = (optimizer, published(options))
+    (actual,) = replay_asteria(*arguments, [start], [gradients], torch.float64)
+    for index, (matrix, given) in enumerate(built):
+        expected = replay_reference(*arguments, matrix, given)
+        assert_follows(actual[:, index], expected, matrix, TOLERANCE)
+
+
+@pytest.mark.parametrize("optimizer", REFERENCE)
+def test_a_stack_without_batch_dims_is_one_block(optimizer: str) -> None:
+    """The way back to the published treatment, for parameters that only look like stacks."""
+    options = {"precondition_frequency": 3}
+    start, gradients = Case(optimizer, (3, 32, 32), options, "subspace").build(9)
+    reference = REFERENCE[optimizer](start, **published(options))
+    parameter = torch.nn.Parameter(torch.tensor(start))
+    stepper = ASTERIA[optimizer](
+        [{"params": [parameter], "batch_dims": 0}],
+        **asteria_options(optimizer, published(options)),
+        runtime=asteria.RuntimeConfig.reference(),
+    )
+    actual, expected = [], []
+    for gradient in gradients:
+        parameter.grad = torch.tensor(gradient)
+        stepper.step()
+        actual.append(parameter.detach().numpy().copy())
+        expected.append(reference.step(gradient))
+    assert_follows(np.stack(actual), np.stack(expected), start, TOLERANCE)
 
 
 SCALED: Options = {"init_factor": None, "eps": 1e-30, "weight_decay": 0.0}
