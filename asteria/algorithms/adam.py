@@ -94,5 +94,7 @@ class AdamW:
     ) -> None:
         """Nothing: there are no factors."""
 
-    def rotate_(self, state: BlockState, fresh: list[Tensor | None], scratch: Pair) -> None:
+    def rotate_(
+        self, state: BlockState, fresh: list[Tensor | None], *, scratch: Pair, gate: Tensor | None
+    ) -> None:
         """Nothing: there is no basis."""

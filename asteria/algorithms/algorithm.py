@@ -103,7 +103,9 @@ class Algorithm(Protocol):
     ) -> None:
         """Fold the gradient into the factors."""
 
-    def rotate_(self, state: BlockState, fresh: list[Tensor | None], scratch: Pair) -> None:
+    def rotate_(
+        self, state: BlockState, fresh: list[Tensor | None], *, scratch: Pair, gate: Tensor | None
+    ) -> None:
         """Carry the moments over from the bases in ``state`` to the ``fresh`` ones.
 
         ``fresh[k]`` (b, d_k, d_k) is None for a mode without a basis; the state's bases stay.

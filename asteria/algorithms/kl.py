@@ -16,7 +16,7 @@ from torch import Tensor
 from asteria.algorithms.adam import adam_update_, ema_
 from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, bases
 from asteria.config.hyperparameters import Hyperparameters
-from asteria.linalg.modes import change_basis_, decay_gram_, scale_modes_, transform
+from asteria.linalg.modes import change_basis_, decay_gram_, replace_, scale_modes_, transform
 from asteria.store.stack import FieldSpec
 
 __all__ = ["KLSOAP", "KLShampoo"]
@@ -93,8 +93,7 @@ class _KullbackLeibler:
                 scales = _seen_by_factor(old, new, mode)
                 _fold_factor_(state, scale_modes_(partial, scales), mode, hyper, gate=gate)
         for mode, root in enumerate(new):
-            target = state[f"inverse_root_{mode}"]
-            target.copy_(root if gate is None else torch.where(gate > 0, root, target))
+            replace_(state[f"inverse_root_{mode}"], root, gate)
 
 
 class KLShampoo(_KullbackLeibler):
@@ -129,7 +128,9 @@ class KLShampoo(_KullbackLeibler):
         update = torch.div(projected, denominator.add_(hyper.eps), out=free)
         return transform(update, basis, scratch, transpose=False), 1.0
 
-    def rotate_(self, state: BlockState, fresh: list[Tensor | None], scratch: Pair) -> None:
+    def rotate_(
+        self, state: BlockState, fresh: list[Tensor | None], *, scratch: Pair, gate: Tensor | None
+    ) -> None:
         """Nothing: the moment is in the parameter's space, eigenvalues stay with their columns."""
 
 
@@ -162,9 +163,11 @@ class KLSOAP(_KullbackLeibler):
         )
         return transform(update, basis, scratch, transpose=False), 1.0
 
-    def rotate_(self, state: BlockState, fresh: list[Tensor | None], scratch: Pair) -> None:
+    def rotate_(
+        self, state: BlockState, fresh: list[Tensor | None], *, scratch: Pair, gate: Tensor | None
+    ) -> None:
         """The first moment is rotated; the second stays with its columns (contract C4)."""
-        change_basis_(state["exp_avg"], bases(state, len(fresh)), fresh, scratch)
+        change_basis_(state["exp_avg"], bases(state, len(fresh)), fresh, scratch, gate)
 
 
 def _kl_fields(block: BlockShape) -> tuple[FieldSpec, ...]:

@@ -61,9 +61,11 @@ class SOAP:
         """Fold G_(k) G_(k)^T into the factor of every mode."""
         _fold_(state, gradient, hyper, gate=gate)
 
-    def rotate_(self, state: BlockState, fresh: list[Tensor | None], scratch: Pair) -> None:
+    def rotate_(
+        self, state: BlockState, fresh: list[Tensor | None], *, scratch: Pair, gate: Tensor | None
+    ) -> None:
         """The first moment is rotated; the second stays with its columns (contract C4)."""
-        change_basis_(state["exp_avg"], bases(state, len(fresh)), fresh, scratch)
+        change_basis_(state["exp_avg"], bases(state, len(fresh)), fresh, scratch, gate)
 
 
 def _fold_(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["change_basis_", "decay_gram_", "scale_modes_", "transform"]
+__all__ = ["change_basis_", "decay_gram_", "replace_", "scale_modes_", "transform"]
 
 
 def transform(
@@ -43,14 +43,21 @@ def change_basis_(
     old: Sequence[Tensor | None],
     new: Sequence[Tensor | None],
     scratch: tuple[Tensor, Tensor],
+    gate: Tensor | None,
 ) -> None:
     """``x``, given in the bases ``old``, is written in the bases ``new``, in place.
 
-    Shapes as in `transform`. Through the original space: 4 (m n^2 + m^2 n) flop for a matrix, no
-    more than with the product of the bases, and less where m and n differ.
+    Shapes as in `transform`, ``gate`` as in `decay_gram_`. The way through the original space takes
+    4 (m n^2 + m^2 n) flop for a matrix: no more than with the product of the bases, and less where
+    m and n differ.
     """
     original = transform(x, old, scratch, transpose=False)
-    x.copy_(transform(original, new, scratch, transpose=True))
+    replace_(x, transform(original, new, scratch, transpose=True), gate)
+
+
+def replace_(target: Tensor, value: Tensor, gate: Tensor | None) -> None:
+    """``target`` <- ``value``, unless ``gate`` is 0."""
+    target.copy_(value if gate is None else torch.where(gate > 0, value, target))
 
 
 def _multiply_mode(x: Tensor, matrix: Tensor, mode: int, out: Tensor) -> None:

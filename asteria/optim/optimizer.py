@@ -67,9 +67,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         check_keys(param_group, self.defaults, where)
         check_group(param_group, where)
         group = dict(param_group)
-        if isinstance(group.get("params"), Iterable) and not isinstance(
-            group["params"], Tensor | set
-        ):
+        if isinstance(group.get("params"), Tensor):
+            group["params"] = [group["params"]]
+        if isinstance(group.get("params"), Iterable) and not isinstance(group["params"], set):
             group["params"] = list(group["params"])
             for position, entry in enumerate(group["params"]):
                 name, parameter = (
@@ -94,6 +94,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 f"{name}: sharded parameters (DTensor) are not supported in this version; "
                 "replicate the model (DDP) or use another optimizer for it"
             )
+        if parameter.requires_grad:
+            _check_dtype(name, parameter)
         route(parameter.shape, group, self.rule, name)
 
     def _named(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
@@ -133,12 +135,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._forget_replaced_state()
         updates: dict[ParameterRecord, Update] = {}
         by_group: dict[int, Update] = {}
+        fresh: dict[Tensor, ParameterRecord] = {}
         for index, name, parameter, group in present:
-            record = self._records.get(parameter)
+            record = self._records.get(parameter) or fresh.get(parameter)
             if record is None:
                 record = self._make_record(index, name, parameter, group)
-            else:
-                record.check_unchanged()
+                fresh[parameter] = record
+            record.check_unchanged()
             _check_gradient(name, parameter)
             update = by_group.get(id(group))
             if update is None:
@@ -148,7 +151,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 )
                 by_group[id(group)] = update
             updates[record] = update
-        fresh = [record for record in updates if record.parameter not in self._records]
         steps, gate = self._engine.accepts(
             [record.name for record in updates],
             [gradient for record in updates if (gradient := record.parameter.grad) is not None],
@@ -157,14 +159,16 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if not steps:
             return
         if fresh:
-            self._engine.admit(fresh)
-            for record in fresh:
-                self._adopt(record)
+            self._admit({record: self.state.get(p, {}) for p, record in fresh.items()})
         self._engine.step(updates, gate)
 
     def _forget_replaced_state(self) -> None:
-        """Follow what was done to ``self.state`` from outside: removed state begins afresh."""
-        gone = [r for p, r in self._records.items() if self.state.get(p) is not r.entries]
+        """Follow what was done to ``self.state`` from outside.
+
+        A parameter whose state was removed begins afresh; one whose state, or a tensor of it, was
+        replaced is admitted again with what is there now.
+        """
+        gone = [r for p, r in self._records.items() if not r.shows(self.state.get(p))]
         if gone:
             self._engine.discard(gone)
             for record in gone:
@@ -173,11 +177,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _make_record(
         self, index: int, name: str, parameter: Tensor, group: Mapping[str, Any]
     ) -> ParameterRecord:
-        if parameter.dtype not in _DTYPES:
-            raise ConfigError(
-                f"{name}: parameters must be float64, float32, bfloat16 or float16, "
-                f"found {parameter.dtype}"
-            )
+        _check_dtype(name, parameter)
         return ParameterRecord(
             parameter=parameter,
             name=name,
@@ -188,9 +188,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             device=parameter.device,
         )
 
-    def _adopt(self, record: ParameterRecord) -> None:
-        self._records[record.parameter] = record
-        self.state[record.parameter] = record.entries
+    def _admit(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:
+        """Make state for new records, of the saved values where there are any."""
+        self._engine.admit(list(saved), {r: values for r, values in saved.items() if values})
+        for record in saved:
+            self._records[record.parameter] = record
+            self.state[record.parameter] = record.entries
 
     def describe(self) -> Description:
         """How every parameter is treated: rule, blocks, factors, bytes of state.
@@ -208,6 +211,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """Counters since this optimizer was made; waits for the device."""
         return self._engine.stats()
 
+    def state_dict(self) -> dict[str, Any]:
+        """State and groups in torch's format: flat tensors keyed by parameter, and plain values.
+
+        Waits for the device. Raises NonFiniteGradientError if it has refused a step.
+        """
+        self._engine.settle()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; dtypes of the state stay as they are.
 
@@ -218,8 +229,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
         def take_state(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             # torch would cast every floating-point state tensor to its parameter's dtype.
-            records.update(self._match(loaded))
-            return {**loaded, "state": {}}
+            if not loaded.keys() >= {"state", "param_groups"}:
+                check_saved({}, [f"found keys {sorted(loaded)}, needs state and param_groups"])
+            groups = [{**self.defaults, **group} for group in loaded["param_groups"]]
+            records.update(self._match(loaded, groups))
+            return {**loaded, "state": {}, "param_groups": groups}
 
         def put_state(_: torch.optim.Optimizer) -> None:
             self._restore(records)
@@ -234,32 +248,34 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _match(self, loaded: Mapping[str, Any]) -> dict[ParameterRecord, Mapping[str, Tensor]]:
+    def _match(
+        self, loaded: Mapping[str, Any], groups: list[dict[str, Any]]
+    ) -> dict[ParameterRecord, Mapping[str, Tensor]]:
         """Records for the loaded state, checked as a whole against the parameters."""
-        groups = [{**self.defaults, **group} for group in loaded["param_groups"]]
         sizes = [len(group["params"]) for group in groups]
         if sizes != [len(group["params"]) for group in self.param_groups]:
             return {}  # torch has the error for that
+        problems = list(_group_problems(groups, self.defaults))
         keys = [(key, group) for group in groups for key in group["params"]]
         state = dict(loaded["state"])
         matched: dict[ParameterRecord, Mapping[str, Tensor]] = {}
         for (index, name, parameter, _), (key, group) in zip(self._named(), keys, strict=True):
             entries = state.pop(key, None)
-            if entries:
+            if entries and not problems:
                 matched[self._make_record(index, name, parameter, group)] = entries
-        check_saved(matched, [f"state of a parameter {key!r} that no group has" for key in state])
+        problems += [f"state of a parameter {key!r} that no group has" for key in state]
+        check_saved(matched, problems)
         return matched
 
     def _restore(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:
         """Make ``saved`` the state of this optimizer, in memory of its own."""
         self._engine.discard(list(self._records.values()))
         self._records = {}
-        self._engine.admit(list(saved), saved)
-        for record in saved:
-            self._adopt(record)
+        self._admit(saved)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and copying keep: the state, and how the work is done."""
+        self._engine.settle()
         return {**super().__getstate__(), "_runtime": self._runtime}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -276,6 +292,24 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     if entries.get(parameter)
                 }
             )
+
+
+def _check_dtype(name: str, parameter: Tensor) -> None:
+    if parameter.dtype not in _DTYPES:
+        raise ConfigError(
+            f"{name}: parameters must be float64, float32, bfloat16 or float16, found "
+            f"{parameter.dtype}; convert it, or freeze it with requires_grad_(False)"
+        )
+
+
+def _group_problems(groups: list[dict[str, Any]], known: Iterable[str]) -> Iterator[str]:
+    """What is wrong with the options of loaded groups."""
+    for number, group in enumerate(groups):
+        try:
+            check_keys(group, known, f"group {number}")
+            check_group(group, f"group {number}", scheduled=True)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _check_gradient(name: str, parameter: Tensor) -> None:

@@ -71,7 +71,7 @@ def admit(
     check_saved(saved)
     arrivals: dict[ExtentKey, list[tuple[ParameterRecord, TilePlan]]] = {}
     for record in records:
-        record.entries["step"] = torch.zeros((), dtype=torch.float32)
+        record.entries = {"step": torch.zeros((), dtype=torch.float32)}
         for plan in record.route.tiles:
             key = ExtentKey(
                 record.route.rule, plan.shape, state_dtype(record.parameter), record.device
@@ -131,3 +131,4 @@ def _show(record: ParameterRecord, extent: Extent, tiles: list[Tile]) -> None:
     suffix = next(suffix for suffix, shape, _ in record.route.extents() if shape == extent.shape)
     for name, view in extent.stack.window(tiles[0].start, tiles[-1].stop).items():
         record.entries[name + suffix] = view.view(shapes[name + suffix])
+    record.shown = tuple(record.entries.values())

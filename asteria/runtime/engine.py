@@ -15,6 +15,7 @@ from asteria.linalg.eigenbasis import (
     matched_eigh_basis,
     orthogonal_iteration,
 )
+from asteria.linalg.modes import replace_
 from asteria.linalg.scratch import Scratch
 from asteria.refresh.schedule import is_due, young_steps
 from asteria.runtime.admission import admit, discard
@@ -52,9 +53,16 @@ class Engine:
         """Drop the state of records."""
         discard(records, self._extents)
 
+    def settle(self) -> None:
+        """Wait for the device's word on every step, so that the counters are right.
+
+        Raises NonFiniteGradientError if the configuration asks for it and a step was refused.
+        """
+        self._collect_verdicts(wait=True)
+
     def stats(self) -> Stats:
         """What was done so far; waits for the device."""
-        self._collect_verdicts(wait=True)
+        self.settle()
         return Stats(
             steps=self._steps,
             skipped_steps=self._skipped_steps,
@@ -96,11 +104,12 @@ class Engine:
         for extent in self._extents.values():
             for chunk in chunks(extent, updates):
                 self._step_chunk(chunk, updates, gate)
+        moved = [r for r in updates if r.begun or self._moves_at_once(r.route.rule)]
+        _count_updates(moved, 1)
         for record in updates:
-            if record.begun or self._moves_at_once(record.route.rule):
-                record.steps += 1
-                record.entries["step"].fill_(record.steps)
             record.begun = True
+        if gate is not None:
+            self._guard.on_refusal(lambda: _count_updates(moved, -1))
 
     def _moves_at_once(self, rule: Algorithm) -> bool:
         """Whether the first gradient already advances the moments."""
@@ -140,7 +149,7 @@ class Engine:
         if chunk.begun:
             rule.accumulate_(state, gradient, hyper, scratch=(first, second), gate=gate)
         if moves:
-            self._refresh_due(chunk, state, (first, second))
+            self._refresh_due(chunk, state, (first, second), gate)
 
     def _begin_(self, chunk: Chunk, state: BlockState, gradient: Tensor) -> None:
         """First statistics and bases."""
@@ -157,7 +166,9 @@ class Engine:
                 self._count_refresh(fresh)
                 basis[blocks].copy_(fresh.basis)
 
-    def _refresh_due(self, chunk: Chunk, state: BlockState, scratch: Pair) -> None:
+    def _refresh_due(
+        self, chunk: Chunk, state: BlockState, scratch: Pair, gate: Tensor | None
+    ) -> None:
         """Refresh every basis of the chunk if its step says so, and carry the moments along."""
         rule, hyper, step = chunk.extent.rule, chunk.hyper, chunk.steps + 1
         start = self._config.start
@@ -176,10 +187,10 @@ class Engine:
                     fresh[mode] = self._refreshed(
                         factor, basis, exact=exact, sort=rule.sorts_columns
                     )
-            rule.rotate_(part, fresh, (scratch[0][blocks], scratch[1][blocks]))
+            rule.rotate_(part, fresh, scratch=(scratch[0][blocks], scratch[1][blocks]), gate=gate)
             for mode, basis in enumerate(fresh):
                 if basis is not None:
-                    part[f"basis_{mode}"].copy_(basis)
+                    replace_(part[f"basis_{mode}"], basis, gate)
 
     def _refreshed(self, factor: Tensor, basis: Tensor, *, exact: bool, sort: bool) -> Tensor:
         """New bases (b, n, n); where none could be computed, the ones in use."""
@@ -195,6 +206,12 @@ class Engine:
         self._refreshes += len(result.usable)
         failed = (~result.usable).sum()
         self._failures[device] = self._failures.get(device, torch.zeros_like(failed)) + failed
+
+
+def _count_updates(records: list[ParameterRecord], change: int) -> None:
+    for record in records:
+        record.steps += change
+        record.entries["step"].fill_(record.steps)
 
 
 def _parts(state: BlockState) -> Iterator[slice]:

@@ -2,12 +2,13 @@
 
 On the host one look decides before anything changes. On an accelerator a look would make the host
 wait at every step, so there the decision stays on the device: a scalar gate that is 1, or 0 to
-leave everything as it is. The host reads it a step later, when it has long arrived.
+leave everything as it is. The host reads it at a later step, when it has long arrived, and takes
+the step off its counters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,7 @@ class _Verdict:
     """(parameters,) bool in host memory, valid once ``arrived`` says so."""
     names: list[str]
     arrived: torch.Event | None
+    undo: Callable[[], None] | None = None
 
     def bad_names(self, *, wait: bool) -> list[str] | None:
         """Names with a non-finite gradient; None if the flags have not arrived."""
@@ -83,6 +85,10 @@ class DeviceGuard:
         self._verdicts.append(_Verdict(host, names, arrived))
         return flags.all().to(torch.float32)
 
+    def on_refusal(self, undo: Callable[[], None]) -> None:
+        """What the host has to take back, once it learns that the latest gate was closed."""
+        self._verdicts[-1].undo = undo
+
     def collect(self, *, wait: bool = False) -> list[list[str]]:
         """Names of each gated-off step whose verdict has arrived; every step is told once.
 
@@ -93,7 +99,9 @@ class DeviceGuard:
             names = self._verdicts[0].bad_names(wait=wait)
             if names is None:
                 break
-            del self._verdicts[0]
+            undo = self._verdicts.pop(0).undo
             if names:
                 bad_steps.append(names)
+                if undo is not None:
+                    undo()
         return bad_steps

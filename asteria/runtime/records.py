@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -129,6 +130,17 @@ class ParameterRecord:
     """Whether the first gradient has been seen."""
     entries: dict[str, Tensor] = field(default_factory=dict)
     """The state as the optimizer shows it: views of the stacks, and ``step`` on the host."""
+
+    shown: tuple[Tensor, ...] = ()
+    """The tensors in ``entries``, to see whether anybody replaces one."""
+
+    def shows(self, entries: Mapping[str, Tensor] | None) -> bool:
+        """Whether ``entries`` is this record's state, with every tensor as it was put there."""
+        return (
+            entries is self.entries
+            and len(entries) == len(self.shown)
+            and all(map(operator.is_, entries.values(), self.shown))
+        )
 
     def check_unchanged(self) -> None:
         """Raise ParameterChangedError unless shape, dtype and device are as they were."""
