@@ -11,7 +11,8 @@ from torch import Tensor
 from asteria.algorithms.algorithm import Algorithm
 from asteria.config.hyperparameters import Hyperparameters, check_group, check_keys
 from asteria.config.runtime import RuntimeConfig
-from asteria.errors import ConfigError, GradientError
+from asteria.errors import ConfigError
+from asteria.optim.checks import check_dtype, check_gradient, check_parameter, group_problems
 from asteria.optim.description import Description, describe_parameter
 from asteria.optim.routing import route
 from asteria.runtime.admission import check_saved
@@ -23,8 +24,6 @@ from asteria.telemetry.counters import Stats
 __all__ = ["Parameters", "SecondOrderOptimizer"]
 
 Parameters: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
@@ -66,37 +65,20 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         where = f"group {len(self.param_groups)}"
         check_keys(param_group, self.defaults, where)
         check_group(param_group, where)
-        group = dict(param_group)
-        if isinstance(group.get("params"), Tensor):
-            group["params"] = [group["params"]]
-        if isinstance(group.get("params"), Iterable) and not isinstance(group["params"], set):
-            group["params"] = list(group["params"])
-            for position, entry in enumerate(group["params"]):
-                name, parameter = (
+        given = param_group.get("params")
+        if isinstance(given, Iterable) and not isinstance(given, set):
+            entries = [given] if isinstance(given, Tensor) else list(given)
+            for position, entry in enumerate(entries):
+                pair = (
                     entry
                     if isinstance(entry, tuple)
                     else (f"parameter {position} of {where}", entry)
                 )
-                self._check_parameter(name, parameter, {**self.defaults, **group})
-        super().add_param_group(group)
-
-    def _check_parameter(self, name: str, parameter: Any, group: Mapping[str, Any]) -> None:
-        """Refuse what can never be trained; torch refuses what is no tensor or no leaf."""
-        if not isinstance(parameter, Tensor):
-            return
-        if parameter.is_complex():
-            raise ConfigError(
-                f"{name}: complex parameters are not supported, found {parameter.dtype}; "
-                "train its real and imaginary part as two parameters (torch.view_as_real)"
-            )
-        if hasattr(parameter, "device_mesh"):
-            raise ConfigError(
-                f"{name}: sharded parameters (DTensor) are not supported in this version; "
-                "replicate the model (DDP) or use another optimizer for it"
-            )
-        if parameter.requires_grad:
-            _check_dtype(name, parameter)
-        route(parameter.shape, group, self.rule, name)
+                if isinstance(pair[1], Tensor):
+                    check_parameter(*pair)
+                    route(pair[1].shape, {**self.defaults, **param_group}, self.rule, pair[0])
+            param_group["params"] = entries
+        super().add_param_group(param_group)  # which refuses what is no leaf tensor
 
     def _named(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
         """(index, name, parameter, group) of all parameters, in order."""
@@ -142,7 +124,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 record = self._make_record(index, name, parameter, group)
                 fresh[parameter] = record
             record.check_unchanged()
-            _check_gradient(name, parameter)
+            check_gradient(name, parameter)
             update = by_group.get(id(group))
             if update is None:
                 check_group(group, name, scheduled=True)
@@ -177,7 +159,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _make_record(
         self, index: int, name: str, parameter: Tensor, group: Mapping[str, Any]
     ) -> ParameterRecord:
-        _check_dtype(name, parameter)
+        check_dtype(name, parameter)
         return ParameterRecord(
             parameter=parameter,
             name=name,
@@ -232,7 +214,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             if not loaded.keys() >= {"state", "param_groups"}:
                 check_saved({}, [f"found keys {sorted(loaded)}, needs state and param_groups"])
             groups = [{**self.defaults, **group} for group in loaded["param_groups"]]
-            records.update(self._match(loaded, groups))
+            sizes = [len(group["params"]) for group in groups]
+            if sizes == [len(group["params"]) for group in self.param_groups]:  # torch refuses else
+                records.update(self._match(loaded["state"], groups))
             return {**loaded, "state": {}, "param_groups": groups}
 
         def put_state(_: torch.optim.Optimizer) -> None:
@@ -249,21 +233,21 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 handle.remove()
 
     def _match(
-        self, loaded: Mapping[str, Any], groups: list[dict[str, Any]]
+        self, state: Mapping[Any, Mapping[str, Tensor]], groups: list[dict[str, Any]]
     ) -> dict[ParameterRecord, Mapping[str, Tensor]]:
         """Records for the loaded state, checked as a whole against the parameters."""
-        sizes = [len(group["params"]) for group in groups]
-        if sizes != [len(group["params"]) for group in self.param_groups]:
-            return {}  # torch has the error for that
-        problems = list(_group_problems(groups, self.defaults))
+        options = group_problems(groups, self.defaults)
         keys = [(key, group) for group in groups for key in group["params"]]
-        state = dict(loaded["state"])
-        matched: dict[ParameterRecord, Mapping[str, Tensor]] = {}
-        for (index, name, parameter, _), (key, group) in zip(self._named(), keys, strict=True):
-            entries = state.pop(key, None)
-            if entries and not problems:
-                matched[self._make_record(index, name, parameter, group)] = entries
-        problems += [f"state of a parameter {key!r} that no group has" for key in state]
+        matched = {
+            self._make_record(index, name, parameter, group): state[key]
+            for (index, name, parameter, _), (key, group) in zip(self._named(), keys, strict=True)
+            if state.get(key) and not options
+        }
+        nobodys = [key for key in state if key not in {key for key, _ in keys}]
+        problems = [
+            *options,
+            *(f"state of a parameter {key!r} that no group has" for key in nobodys),
+        ]
         check_saved(matched, problems)
         return matched
 
@@ -292,31 +276,3 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     if entries.get(parameter)
                 }
             )
-
-
-def _check_dtype(name: str, parameter: Tensor) -> None:
-    if parameter.dtype not in _DTYPES:
-        raise ConfigError(
-            f"{name}: parameters must be float64, float32, bfloat16 or float16, found "
-            f"{parameter.dtype}; convert it, or freeze it with requires_grad_(False)"
-        )
-
-
-def _group_problems(groups: list[dict[str, Any]], known: Iterable[str]) -> Iterator[str]:
-    """What is wrong with the options of loaded groups."""
-    for number, group in enumerate(groups):
-        try:
-            check_keys(group, known, f"group {number}")
-            check_group(group, f"group {number}", scheduled=True)
-        except ConfigError as error:
-            yield str(error)
-
-
-def _check_gradient(name: str, parameter: Tensor) -> None:
-    gradient = parameter.grad
-    if gradient is not None and gradient.layout != torch.strided:
-        raise GradientError(
-            f"{name}: a dense gradient was needed, found one of layout {gradient.layout}; nothing "
-            "was changed. Use nn.Embedding(..., sparse=False), or give this parameter to "
-            "torch.optim.SparseAdam"
-        )

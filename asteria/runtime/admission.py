@@ -71,7 +71,7 @@ def admit(
     check_saved(saved)
     arrivals: dict[ExtentKey, list[tuple[ParameterRecord, TilePlan]]] = {}
     for record in records:
-        record.entries = {"step": torch.zeros((), dtype=torch.float32)}
+        record.entries = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         for plan in record.route.tiles:
             key = ExtentKey(
                 record.route.rule, plan.shape, state_dtype(record.parameter), record.device

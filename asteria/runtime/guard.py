@@ -78,7 +78,7 @@ class DeviceGuard:
         arrived: torch.Event | None = None
         host = flags
         if flags.device.type != "cpu":
-            host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+            host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
             host.copy_(flags, non_blocking=True)
             arrived = torch.Event(flags.device)
             arrived.record()

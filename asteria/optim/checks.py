@@ -1,0 +1,64 @@
+"""What parameters, gradients and loaded groups must be; refusals that name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asteria.config.hyperparameters import check_group, check_keys
+from asteria.errors import ConfigError, GradientError
+
+__all__ = ["check_dtype", "check_gradient", "check_parameter", "group_problems"]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_parameter(name: str, parameter: Tensor) -> None:
+    """Refuse what can never be trained, with a ConfigError; frozen parameters may be anything."""
+    if parameter.is_complex():
+        raise ConfigError(
+            f"{name}: complex parameters are not supported, found {parameter.dtype}; "
+            "train its real and imaginary part as two parameters (torch.view_as_real)"
+        )
+    if hasattr(parameter, "device_mesh"):
+        raise ConfigError(
+            f"{name}: sharded parameters (DTensor) are not supported in this version; "
+            "replicate the model (DDP) or use another optimizer for it"
+        )
+    if parameter.requires_grad:
+        check_dtype(name, parameter)
+
+
+def check_dtype(name: str, parameter: Tensor) -> None:
+    """Refuse a dtype that cannot be trained, with a ConfigError."""
+    if parameter.dtype not in _DTYPES:
+        raise ConfigError(
+            f"{name}: parameters must be float64, float32, bfloat16 or float16, found "
+            f"{parameter.dtype}; convert it, or freeze it with requires_grad_(False)"
+        )
+
+
+def group_problems(groups: Iterable[Mapping[str, Any]], known: Iterable[str]) -> list[str]:
+    """What is wrong with the options of loaded groups."""
+    problems = []
+    for number, group in enumerate(groups):
+        try:
+            check_keys(group, known, f"group {number}")
+            check_group(group, f"group {number}", scheduled=True)
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
+
+
+def check_gradient(name: str, parameter: Tensor) -> None:
+    """Refuse a gradient that is not dense, with a GradientError."""
+    gradient = parameter.grad
+    if gradient is not None and gradient.layout != torch.strided:
+        raise GradientError(
+            f"{name}: a dense gradient was needed, found one of layout {gradient.layout}; nothing "
+            "was changed. Use nn.Embedding(..., sparse=False), or give this parameter to "
+            "torch.optim.SparseAdam"
+        )
