@@ -7,9 +7,10 @@ from torch import Tensor
 
 from asteria.algorithms.algorithm import BlockShape, BlockState, Pair
 from asteria.config.hyperparameters import Hyperparameters
+from asteria.linalg.modes import replace_
 from asteria.store.stack import FieldSpec
 
-__all__ = ["AdamW", "adam_update_", "bias_correction", "ema_"]
+__all__ = ["AdamW", "adam_update_", "bias_correction", "bound_ratio_", "ema_"]
 
 
 def ema_(mean: Tensor, value: Tensor, beta: float, gate: Tensor | None) -> None:
@@ -40,6 +41,17 @@ def adam_update_(
         ema_(exp_avg_sq, torch.mul(gradient, gradient, out=out), hyper.beta2, gate)
     torch.sqrt(exp_avg_sq, out=out).add_(hyper.eps)
     return torch.div(exp_avg, out, out=out)
+
+
+def bound_ratio_(exp_avg: Tensor, exp_avg_sq: Tensor, *, out: Tensor, gate: Tensor | None) -> None:
+    """``exp_avg_sq`` <- max(exp_avg_sq, exp_avg^2), in place, unless ``gate`` is 0.
+
+    Within one basis the ratio of the moments stays near 1 at the most (Cauchy-Schwarz; exactly so
+    for equal betas). A rotation can turn the first moment into a direction whose second moment is
+    all but zero, and the next update would be up to 1/eps times too large.
+    """
+    torch.mul(exp_avg, exp_avg, out=out)
+    replace_(exp_avg_sq, torch.maximum(exp_avg_sq, out, out=out), gate)
 
 
 def bias_correction(hyper: Hyperparameters, step: int) -> float:
@@ -95,6 +107,12 @@ class AdamW:
         """Nothing: there are no factors."""
 
     def rotate_(
-        self, state: BlockState, fresh: list[Tensor | None], *, scratch: Pair, gate: Tensor | None
+        self,
+        state: BlockState,
+        fresh: list[Tensor | None],
+        *,
+        scratch: Pair,
+        gate: Tensor | None,
+        bounded: bool = False,
     ) -> None:
         """Nothing: there is no basis."""

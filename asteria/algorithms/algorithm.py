@@ -104,9 +104,16 @@ class Algorithm(Protocol):
         """Fold the gradient into the factors."""
 
     def rotate_(
-        self, state: BlockState, fresh: list[Tensor | None], *, scratch: Pair, gate: Tensor | None
+        self,
+        state: BlockState,
+        fresh: list[Tensor | None],
+        *,
+        scratch: Pair,
+        gate: Tensor | None,
+        bounded: bool = False,
     ) -> None:
         """Carry the moments over from the bases in ``state`` to the ``fresh`` ones.
 
-        ``fresh[k]`` (b, d_k, d_k) is None for a mode without a basis; the state's bases stay.
+        ``fresh[k]`` (b, d_k, d_k) is None for a mode without a basis; the state's bases stay. With
+        ``bounded`` no direction is left with a first moment that its second has not seen.
         """

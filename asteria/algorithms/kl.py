@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from asteria.algorithms.adam import adam_update_, ema_
+from asteria.algorithms.adam import adam_update_, bound_ratio_, ema_
 from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, bases
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.linalg.modes import change_basis_, decay_gram_, replace_, scale_modes_, transform
@@ -129,7 +129,13 @@ class KLShampoo(_KullbackLeibler):
         return transform(update, basis, scratch, transpose=False), 1.0
 
     def rotate_(
-        self, state: BlockState, fresh: list[Tensor | None], *, scratch: Pair, gate: Tensor | None
+        self,
+        state: BlockState,
+        fresh: list[Tensor | None],
+        *,
+        scratch: Pair,
+        gate: Tensor | None,
+        bounded: bool = False,
     ) -> None:
         """Nothing: the moment is in the parameter's space, eigenvalues stay with their columns."""
 
@@ -164,10 +170,18 @@ class KLSOAP(_KullbackLeibler):
         return transform(update, basis, scratch, transpose=False), 1.0
 
     def rotate_(
-        self, state: BlockState, fresh: list[Tensor | None], *, scratch: Pair, gate: Tensor | None
+        self,
+        state: BlockState,
+        fresh: list[Tensor | None],
+        *,
+        scratch: Pair,
+        gate: Tensor | None,
+        bounded: bool = False,
     ) -> None:
         """The first moment is rotated; the second stays with its columns (contract C4)."""
         change_basis_(state["exp_avg"], bases(state, len(fresh)), fresh, scratch, gate)
+        if bounded:
+            bound_ratio_(state["exp_avg"], state["exp_avg_sq"], out=scratch[0], gate=gate)
 
 
 def _kl_fields(block: BlockShape) -> tuple[FieldSpec, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from asteria.algorithms.adam import adam_update_, bias_correction
+from asteria.algorithms.adam import adam_update_, bias_correction, bound_ratio_
 from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, bases, factors
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.linalg.modes import change_basis_, decay_gram_, transform
@@ -62,10 +62,18 @@ class SOAP:
         _fold_(state, gradient, hyper, gate=gate)
 
     def rotate_(
-        self, state: BlockState, fresh: list[Tensor | None], *, scratch: Pair, gate: Tensor | None
+        self,
+        state: BlockState,
+        fresh: list[Tensor | None],
+        *,
+        scratch: Pair,
+        gate: Tensor | None,
+        bounded: bool = False,
     ) -> None:
         """The first moment is rotated; the second stays with its columns (contract C4)."""
         change_basis_(state["exp_avg"], bases(state, len(fresh)), fresh, scratch, gate)
+        if bounded:
+            bound_ratio_(state["exp_avg"], state["exp_avg_sq"], out=scratch[0], gate=gate)
 
 
 def _fold_(

@@ -187,7 +187,13 @@ class Engine:
                     fresh[mode] = self._refreshed(
                         factor, basis, exact=exact, sort=rule.sorts_columns
                     )
-            rule.rotate_(part, fresh, scratch=(scratch[0][blocks], scratch[1][blocks]), gate=gate)
+            rule.rotate_(
+                part,
+                fresh,
+                scratch=(scratch[0][blocks], scratch[1][blocks]),
+                gate=gate,
+                bounded=start != "eigh",  # the published code does not
+            )
             for mode, basis in enumerate(fresh):
                 if basis is not None:
                     replace_(part[f"basis_{mode}"], basis, gate)
