@@ -1,0 +1,399 @@
+"""How far each optimizer gets on the example's task, every one tuned over as many learning rates.
+
+    python -m benchmarks.convergence --json results/convergence.json
+
+1. Each arm runs its whole grid of learning rates with the first seed.
+2. The best rate of each arm runs with the remaining seeds.
+3. AdamW at its best rate gets a schedule a third longer; SOAP's control arm gets shorter schedules
+   of its own, to find how many steps it needs for the loss that AdamW reaches there.
+
+Model, data and the loss are those of ``examples/train_gpt.py``. Every finished run is stored under
+``--out`` as one file, so a benchmark that was killed continues where it was.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+import asteria
+from examples import train_gpt as example
+
+Record = dict[str, Any]
+Corpus = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """The model and the data that all runs of a study share."""
+
+    context: int = example.MODEL["context"]
+    width: int = example.MODEL["width"]
+    layers: int = example.MODEL["layers"]
+    heads: int = example.MODEL["heads"]
+    batch: int = example.BATCH
+    windows: int = example.WINDOWS  # validation windows of the final loss
+    glance: int = example.GLANCE  # validation windows of a point of a curve
+    text: int = 0  # checksum of the corpus
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One training run: what it depends on beside its task, and so the key of its result."""
+
+    optimizer: str  # as the example calls it: adamw, soap, klshampoo or klsoap
+    lr: float  # peak learning rate
+    steps: int
+    seed: int = 0  # of the first weights and of the batches
+    warmup: int = 60  # steps of linear warm-up
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up; a cosine ends at 0
+    preset: Literal["default", "reference"] = "default"  # of the RuntimeConfig
+    runtime: tuple[tuple[str, Any], ...] = ()  # its fields that differ from the preset
+    options: tuple[tuple[str, Any], ...] = (("precondition_frequency", 10),)  # not for AdamW
+
+    def make_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of this run for ``model``."""
+        if self.optimizer == "adamw":
+            return example.make_optimizer("adamw", model, lr=self.lr)
+        config = asteria.RuntimeConfig
+        preset = config.reference() if self.preset == "reference" else config()
+        runtime = replace(preset, **dict(self.runtime))
+        options = dict(self.options)
+        return example.make_optimizer(self.optimizer, model, lr=self.lr, runtime=runtime, **options)
+
+    def factor(self, step: int) -> float:
+        """Fraction of the peak learning rate at ``step``."""
+        if self.schedule == "constant":
+            return min(1.0, (step + 1) / self.warmup)
+        return example.warmup_cosine(step, self.steps, self.warmup)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """An optimizer of the comparison and the learning rates it is tuned over."""
+
+    label: str
+    color: str
+    optimizer: str
+    rates: tuple[float, ...]
+    preset: Literal["default", "reference"] = "default"
+
+
+SOAP_RATES = (6e-3, 1.2e-2, 2.4e-2, 4.8e-2)  # KL-Shampoo's and KL-SOAP's too
+BASELINE, CONTROL = "adamw", "soap_reference"
+ARMS = {
+    "adamw": Arm("AdamW", "dimgray", "adamw", (2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "soap_reference": Arm("SOAP, control arm", "tab:cyan", "soap", SOAP_RATES, "reference"),
+    "soap": Arm("SOAP", "tab:blue", "soap", SOAP_RATES),
+    "klshampoo": Arm("KL-Shampoo", "tab:orange", "klshampoo", SOAP_RATES),
+    "klsoap": Arm("KL-SOAP", "tab:green", "klsoap", SOAP_RATES),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """Which runs are made; the first seed tunes."""
+
+    steps: int
+    seeds: tuple[int, ...]
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, the same for every length of schedule: 60 of 300."""
+        return max(1, self.steps // 5)
+
+    @property
+    def long(self) -> int:
+        """Length of AdamW's longer schedule."""
+        return self.steps * 4 // 3
+
+    @property
+    def lengths(self) -> list[int]:
+        """Shorter schedules that the control arm tries, from half to 65 % of AdamW's longer one."""
+        return [round(self.long * share) for share in (0.50, 0.55, 0.60, 0.65)]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all runs."""
+        runs = sum(len(arm.rates) + len(self.seeds) - 1 for arm in ARMS.values())
+        return runs * self.steps + len(self.seeds) * (self.long + sum(self.lengths))
+
+    def run(self, arm: Arm, lr: float, seed: int, steps: int | None = None) -> Run:
+        """The run of ``arm`` with these settings, of the usual length unless ``steps`` is given."""
+        kind: dict[str, Any] = {"optimizer": arm.optimizer, "preset": arm.preset}
+        return Run(lr=lr, seed=seed, steps=steps or self.steps, warmup=self.warmup, **kind)
+
+
+def execute(run: Run, task: Task, corpus: Corpus, on_step: Callable[[str], None]) -> Record:
+    """Train ``run``; one that leaves the finite numbers ends there and has no final loss."""
+    torch.manual_seed(run.seed)
+    model = example.GPT(task.context, task.width, task.layers, task.heads)
+    optimizer = run.make_optimizer(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, run.factor)
+    starts = example.batch_starts(corpus[0], run.steps, task.batch, task.context, run.seed)
+    record: Record = {"loss": [], "step_s": [], "optimizer_s": [], "validation": [], "final": None}
+    for step in range(run.steps):
+        begin = time.perf_counter()
+        loss = model(*example.windows(corpus[0], starts[step], task.context))
+        loss.backward()
+        middle = time.perf_counter()
+        try:
+            optimizer.step()
+        except (asteria.NonFiniteGradientError, asteria.RefreshError):
+            break
+        end = time.perf_counter()
+        scheduler.step()
+        optimizer.zero_grad()
+        record["loss"].append(loss.item())
+        record["step_s"].append(end - begin)
+        record["optimizer_s"].append(end - middle)
+        if not math.isfinite(loss.item()):
+            break
+        on_step(f"loss {loss.item():.3f}, {1e3 * (end - begin):.0f} ms/step")
+        if step + 1 == run.steps or (step + 1) % example.EVALUATE_EVERY == 0:
+            point = example.evaluate(model, corpus[1], task.context, task.glance)
+            record["validation"].append([step + 1, sum(record["step_s"]), point])
+    else:
+        final = example.evaluate(model, corpus[1], task.context, task.windows)
+        record["final"] = final if math.isfinite(final) else None
+    record["state_bytes"] = example.state_bytes(optimizer.state_dict())
+    return record
+
+
+class Lab:
+    """Runs of one task: looks each up in its folder and executes those that are not there."""
+
+    def __init__(self, task: Task, corpus: Corpus, folder: Path, bar: Any) -> None:
+        """``bar`` is a tqdm bar over the steps of all runs."""
+        self.task, self.corpus, self.folder, self.bar = task, corpus, folder, bar
+        files = sorted(Path(asteria.__file__).parent.rglob("*.py"))
+        self.source = zlib.crc32(b"".join(file.read_bytes() for file in files))
+        self.outdated = 0  # results of another version of asteria
+        self.records: dict[Run, Record] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, run: Run) -> Path:
+        """Where the result of ``run`` is stored."""
+        key = json.dumps([asdict(run), asdict(self.task)], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:10]
+        name = f"{run.optimizer}_{run.preset}_{run.steps}steps_lr{run.lr:g}_seed{run.seed}"
+        return self.folder / f"{name}_{digest}.json"
+
+    def __call__(self, run: Run) -> Record:
+        """The result of ``run``, stored or new."""
+        if run not in self.records:
+            path = self.path(run)
+            self.records[run] = self._read(run, path) if path.exists() else self._new(run, path)
+        return self.records[run]
+
+    def _read(self, run: Run, path: Path) -> Record:
+        self.bar.total -= run.steps  # so that the time left is that of new runs
+        record: Record = json.loads(path.read_text())
+        self.outdated += record["source"] != self.source and run.optimizer != "adamw"
+        return record
+
+    def _new(self, run: Run, path: Path) -> Record:
+        start = self.bar.n
+        self.bar.set_description(f"{run.optimizer} {run.preset}, lr {run.lr:g}, seed {run.seed}")
+
+        def on_step(text: str) -> None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+
+        record = execute(run, self.task, self.corpus, on_step)
+        record |= {"run": asdict(run), "task": asdict(self.task), "source": self.source}
+        self.bar.update(start + run.steps - self.bar.n)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record))
+        os.replace(temporary, path)  # a kill leaves no half result
+        return record
+
+
+Runner = Callable[[Run], Record]
+
+
+def final(record: Record) -> float:
+    """Final validation loss; infinite where the run broke off."""
+    return math.inf if record["final"] is None else float(record["final"])
+
+
+def optimizer_ms(records: Sequence[Record]) -> float:
+    """Mean milliseconds of ``step()`` over all steps of ``records``."""
+    times = [seconds for record in records for seconds in record["optimizer_s"]]
+    return 1e3 * statistics.fmean(times) if times else math.nan
+
+
+def tune(arm: Arm, runner: Runner, study: Study) -> Record:
+    """Grid with the first seed, then the best rate with the others."""
+    tried = {lr: final(runner(study.run(arm, lr, study.seeds[0]))) for lr in arm.rates}
+    best = min(tried, key=lambda lr: tried[lr])
+    records = [runner(study.run(arm, best, seed)) for seed in study.seeds]
+    losses = [final(record) for record in records]
+    return {
+        "label": arm.label,
+        "lr": best,
+        "lr_at_edge": best in (arm.rates[0], arm.rates[-1]),
+        "tried": [[lr, loss] for lr, loss in tried.items()],
+        "final": losses,
+        "mean": statistics.fmean(losses),
+        "optimizer_ms": optimizer_ms(records),
+        "state_bytes": records[0]["state_bytes"],
+        "curves": [record["validation"] for record in records],
+    }
+
+
+def shortest(lengths: Sequence[int], losses: Sequence[float], target: float) -> int | None:
+    """Smallest of ``lengths`` whose final loss is at most ``target``, or ``None``."""
+    pairs = zip(lengths, losses, strict=True)
+    return min((length for length, loss in pairs if loss <= target), default=None)
+
+
+def shorten(arms: dict[str, Record], runner: Runner, study: Study) -> Record:
+    """AdamW with a longer schedule, and the control arm with shorter ones to the same loss."""
+    rows = []
+    for seed in study.seeds:
+        baseline = study.run(ARMS[BASELINE], arms[BASELINE]["lr"], seed, study.long)
+        lr = arms[CONTROL]["lr"]
+        runs = [study.run(ARMS[CONTROL], lr, seed, length) for length in study.lengths]
+        target, losses = final(runner(baseline)), [final(runner(run)) for run in runs]
+        needed = shortest(study.lengths, losses, target)
+        rows.append({"seed": seed, "target": target, "final": losses, "steps": needed})
+    return {"adamw_steps": study.long, "lengths": study.lengths, "seeds": rows}
+
+
+def print_results(arms: dict[str, Record], lengths: Record, seeds: Sequence[int]) -> None:
+    """The tables, with gaps to AdamW paired by seed."""
+    heads = "".join(f"{f'seed {seed}':>9}" for seed in seeds)
+    gaps = "".join(f"{f'gap {seed}':>9}" for seed in seeds)
+    print(f"\n{'':20}{'best lr':>9}{heads}{'mean':>9}{gaps}{'step() ms':>11}{'state MB':>10}")
+    for arm in arms.values():
+        pairs = zip(arm["final"], arms[BASELINE]["final"], strict=True)
+        losses = "".join(f"{loss:9.3f}" for loss in arm["final"])
+        differences = "".join(f"{loss - base:+9.3f}" for loss, base in pairs)
+        rate = f"{arm['lr']:g}{'*' if arm['lr_at_edge'] else ''}"
+        cost = f"{arm['optimizer_ms']:11.1f}{arm['state_bytes'] / 1e6:10.1f}"
+        print(f"{arm['label']:20}{rate:>9}{losses}{arm['mean']:9.3f}{differences}{cost}")
+    if any(arm["lr_at_edge"] for arm in arms.values()):
+        print("* at the edge of its grid: a better rate may lie beyond")
+    print(f"\n{ARMS[CONTROL].label}, final loss by length of its schedule, and the loss to reach:")
+    columns = "".join(f"{n:>9}" for n in lengths["lengths"])
+    print(f"{'':8}{columns}{'AdamW ' + str(lengths['adamw_steps']):>12}{'needs':>8}")
+    for row in lengths["seeds"]:
+        losses = "".join(f"{loss:9.3f}" for loss in row["final"])
+        print(f"seed {row['seed']:<3}{losses}{row['target']:12.3f}{row['steps'] or '-':>8}")
+
+
+def plot(arms: dict[str, Record], lengths: Record, path: Path) -> None:
+    """Curves with their spread over the seeds, and the final loss by learning rate and length."""
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    layout = [["curves", "rates"], ["curves", "lengths"]]
+    panels = figure.subplot_mosaic(layout, width_ratios=[2, 1])
+    tops = [curve[len(curve) // 6][2] for arm in arms.values() for curve in arm["curves"] if curve]
+    for key, arm in arms.items():
+        color = ARMS[key].color
+        plot_curves(panels["curves"], arm, color)
+        rates, losses = zip(*arm["tried"], strict=True)
+        panels["rates"].plot(rates, losses, "o-", color=color, markersize=3.5)
+    ticks = sorted({rate for arm in ARMS.values() for rate in arm.rates})
+    panels["curves"].set(xlabel="step", ylabel="validation loss, nats per byte", xlim=0)
+    panels["curves"].set_ylim(top=max(tops, default=6) + 0.05)
+    panels["curves"].legend(title="mean over the seeds, in the band of all", frameon=False)
+    panels["rates"].set(xlabel="peak learning rate", ylabel="final loss", xscale="log")
+    panels["rates"].set_xticks(ticks, [f"{rate:g}" for rate in ticks], rotation=90, fontsize=7)
+    panels["rates"].minorticks_off()
+    for row in lengths["seeds"]:
+        line = panels["lengths"].plot(lengths["lengths"], row["final"], "o-", markersize=3.5)[0]
+        line.set_label(f"seed {row['seed']}")
+        panels["lengths"].axhline(row["target"], color=line.get_color(), ls=":")
+    panels["lengths"].set(xlabel="length of the schedule, steps", ylabel="final loss")
+    dotted = f"dotted: AdamW, {lengths['adamw_steps']} steps"
+    panels["lengths"].set_title(f"{ARMS[CONTROL].label}; {dotted}", fontsize=9)
+    panels["lengths"].legend(frameon=False)
+    for panel in panels.values():
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_curves(panel: Axes, arm: Record, color: str) -> None:
+    """One arm's mean curve over the seeds that finished, between the lowest and the highest."""
+    pairs = zip(arm["curves"], arm["final"], strict=True)
+    complete = [curve for curve, loss in pairs if math.isfinite(loss)]
+    if not complete:
+        return
+    steps = [point[0] for point in complete[0]]
+    columns = list(zip(*([point[2] for point in curve] for curve in complete), strict=True))
+    label = f"{arm['label']}, lr {arm['lr']:g}"
+    panel.plot(steps, [statistics.fmean(column) for column in columns], color=color, label=label)
+    panel.fill_between(steps, [*map(min, columns)], [*map(max, columns)], color=color, alpha=0.2)
+
+
+def machine() -> Record:
+    """What the numbers were measured with."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing of the study, then print and write its results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--steps", type=int, default=300, help="a fifth of them warm-up (default 300)")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="the first one tunes (default 0 1)")
+    add("--out", type=Path, default=Path("runs/convergence"), help="finished runs")
+    add("--json", type=Path, help="write all results here, and a plot beside it")
+    add("--quick", action="store_true", help="a tiny model, 30 steps: tests the benchmark only")
+    args = parser.parse_args(argv)
+    corpus = example.load_corpus()
+    task = Task(text=zlib.crc32(torch.cat(corpus).numpy().tobytes()))
+    if args.quick:
+        task = replace(task, context=32, width=32, layers=2, heads=2, batch=4, windows=64)
+        args.steps = 30
+    study = Study(steps=args.steps, seeds=tuple(args.seeds))
+    with tqdm(total=study.total_steps, unit="step", smoothing=0.05) as bar:
+        lab = Lab(task, corpus, args.out, bar)
+        arms = {key: tune(arm, lab, study) for key, arm in ARMS.items()}
+        lengths = shorten(arms, lab, study)
+    print_results(arms, lengths, study.seeds)
+    if lab.outdated:
+        print(f"{lab.outdated} runs in {args.out} were made with another version of asteria")
+    if args.json:
+        settings = asdict(study) | {"warmup": study.warmup, "task": asdict(task)}
+        results: Record = {"settings": settings, "machine": machine()}
+        results |= {"arms": arms, "lengths": lengths}
+        long = ("task", "loss", "step_s", "optimizer_s")
+        results["runs"] = [
+            {"optimizer_ms": optimizer_ms([r])} | {k: v for k, v in r.items() if k not in long}
+            for r in lab.records.values()
+        ]
+        finite = json.loads(json.dumps(results), parse_constant=lambda name: None)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(finite, indent=1))
+        plot(arms, lengths, args.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
