@@ -10,7 +10,7 @@ from asteria.config.hyperparameters import Hyperparameters
 from asteria.linalg.modes import replace_
 from asteria.store.stack import FieldSpec
 
-__all__ = ["AdamW", "adam_update_", "bias_correction", "bound_ratio_", "ema_"]
+__all__ = ["AdamW", "adam_update_", "bias_correction", "bound_ratio_", "ema_", "largest_ratio"]
 
 
 def ema_(mean: Tensor, value: Tensor, beta: float, gate: Tensor | None) -> None:
@@ -43,14 +43,27 @@ def adam_update_(
     return torch.div(exp_avg, out, out=out)
 
 
-def bound_ratio_(exp_avg: Tensor, exp_avg_sq: Tensor, *, out: Tensor, gate: Tensor | None) -> None:
-    """``exp_avg_sq`` <- max(exp_avg_sq, exp_avg^2), in place, unless ``gate`` is 0.
+def largest_ratio(hyper: Hyperparameters) -> float:
+    """The largest |exp_avg| / sqrt(exp_avg_sq) that gradients can cause within one basis.
 
-    Within one basis the ratio of the moments stays near 1 at the most (Cauchy-Schwarz; exactly so
-    for equal betas). A rotation can turn the first moment into a direction whose second moment is
-    all but zero, and the next update would be up to 1/eps times too large.
+    By Cauchy-Schwarz (1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 / beta2)), which is 1 for equal
+    betas; 10 where that is larger, or infinite because beta1^2 >= beta2.
     """
-    torch.mul(exp_avg, exp_avg, out=out)
+    memory = 1 - hyper.beta1**2 / hyper.beta2 if hyper.beta2 > 0 else 0.0
+    if memory <= 0:
+        return 10.0
+    return float(min(10.0, (1 - hyper.beta1) / ((1 - hyper.beta2) * memory) ** 0.5))
+
+
+def bound_ratio_(
+    exp_avg: Tensor, exp_avg_sq: Tensor, bound: float, *, out: Tensor, gate: Tensor | None
+) -> None:
+    """``exp_avg_sq`` <- max(exp_avg_sq, (exp_avg / bound)^2), in place, unless ``gate`` is 0.
+
+    A rotation can turn the first moment into a direction whose second moment is all but zero, and
+    the next update would be up to 1/eps times too large.
+    """
+    torch.mul(exp_avg, exp_avg, out=out).mul_(bound**-2)
     replace_(exp_avg_sq, torch.maximum(exp_avg_sq, out, out=out), gate)
 
 
@@ -113,6 +126,6 @@ class AdamW:
         *,
         scratch: Pair,
         gate: Tensor | None,
-        bounded: bool = False,
+        bound: float | None = None,
     ) -> None:
         """Nothing: there is no basis."""

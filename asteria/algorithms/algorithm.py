@@ -110,10 +110,10 @@ class Algorithm(Protocol):
         *,
         scratch: Pair,
         gate: Tensor | None,
-        bounded: bool = False,
+        bound: float | None = None,
     ) -> None:
         """Carry the moments over from the bases in ``state`` to the ``fresh`` ones.
 
-        ``fresh[k]`` (b, d_k, d_k) is None for a mode without a basis; the state's bases stay. With
-        ``bounded`` no direction is left with a first moment that its second has not seen.
+        ``fresh[k]`` (b, d_k, d_k) is None for a mode without a basis; the state's bases stay. The
+        second moment is lifted where the first is more than ``bound`` times its root.
         """

@@ -37,7 +37,7 @@ class _KullbackLeibler:
         rank = gradient.dim() - 1
         scaled = gradient
         if hyper.init_factor is None:
-            _take_scale_(state, gradient)
+            _take_scale_(state, gradient, None)
             # Whitened, so that the first contribution weighs as much as the following ones.
             whiten = state["inverse_root_0"][:, :1] ** (rank - 1)
             scaled = scale_modes_(gradient.clone(), [whiten])
@@ -65,7 +65,7 @@ class _KullbackLeibler:
         """
         last = gradient.dim() - 2
         if hyper.init_factor is None:
-            _take_scale_(state, gradient)
+            _take_scale_(state, gradient, gate)
         old = [state[f"inverse_root_{mode}"].clone() for mode in range(last + 1)]
         basis = bases(state, last + 1)
 
@@ -135,7 +135,7 @@ class KLShampoo(_KullbackLeibler):
         *,
         scratch: Pair,
         gate: Tensor | None,
-        bounded: bool = False,
+        bound: float | None = None,
     ) -> None:
         """Nothing: the moment is in the parameter's space, eigenvalues stay with their columns."""
 
@@ -176,12 +176,13 @@ class KLSOAP(_KullbackLeibler):
         *,
         scratch: Pair,
         gate: Tensor | None,
-        bounded: bool = False,
+        bound: float | None = None,
     ) -> None:
         """The first moment is rotated; the second stays with its columns (contract C4)."""
         change_basis_(state["exp_avg"], bases(state, len(fresh)), fresh, scratch, gate)
-        if bounded:
-            bound_ratio_(state["exp_avg"], state["exp_avg_sq"], out=scratch[0], gate=gate)
+        if bound is not None:
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            bound_ratio_(*moments, bound, out=scratch[0], gate=gate)
 
 
 def _kl_fields(block: BlockShape) -> tuple[FieldSpec, ...]:
@@ -193,7 +194,7 @@ def _finite(x: Tensor) -> Tensor:
     return x.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _take_scale_(state: BlockState, gradient: Tensor) -> None:
+def _take_scale_(state: BlockState, gradient: Tensor, gate: Tensor | None) -> None:
     """Take the first eigenvalues from the gradient, for blocks that had only zero gradients.
 
     lambda = mean(G^2)^(1/r) on every mode, so that their product over the modes is the mean square
@@ -201,7 +202,7 @@ def _take_scale_(state: BlockState, gradient: Tensor) -> None:
     """
     rank = gradient.dim() - 1
     scale = state["eigenvalue_scale"]
-    waiting = scale == 0
+    waiting = scale == 0 if gate is None else (scale == 0) & (gate > 0)
     mean_square = gradient.square().mean(list(range(1, rank + 1)))
     scale.copy_(torch.where(waiting, mean_square ** (1 / rank), scale))
     first_root = _finite(scale.rsqrt()).unsqueeze(-1)

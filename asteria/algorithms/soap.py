@@ -68,12 +68,13 @@ class SOAP:
         *,
         scratch: Pair,
         gate: Tensor | None,
-        bounded: bool = False,
+        bound: float | None = None,
     ) -> None:
         """The first moment is rotated; the second stays with its columns (contract C4)."""
         change_basis_(state["exp_avg"], bases(state, len(fresh)), fresh, scratch, gate)
-        if bounded:
-            bound_ratio_(state["exp_avg"], state["exp_avg_sq"], out=scratch[0], gate=gate)
+        if bound is not None:
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            bound_ratio_(*moments, bound, out=scratch[0], gate=gate)
 
 
 def _fold_(

@@ -243,12 +243,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             for (index, name, parameter, _), (key, group) in zip(self._named(), keys, strict=True)
             if state.get(key) and not options
         }
-        nobodys = [key for key in state if key not in {key for key, _ in keys}]
-        problems = [
-            *options,
-            *(f"state of a parameter {key!r} that no group has" for key in nobodys),
-        ]
-        check_saved(matched, problems)
+        nobodys = sorted(state.keys() - {key for key, _ in keys}, key=str)
+        problems = [f"state of a parameter {key!r} that no group has" for key in nobodys]
+        check_saved(matched, [*options, *problems])
         return matched
 
     def _restore(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:

@@ -20,6 +20,8 @@ from asteria.runtime.records import Route, TilePlan
 __all__ = ["route"]
 
 _ADAMW = AdamW()
+_ELEMENT_BYTES = 8
+"""Of the widest state there is, so that tiles do not depend on the dtype."""
 _STACK_DIM = 32
 """A rank-3 parameter is a stack of matrices if its last two dims are at least this."""
 
@@ -69,7 +71,7 @@ def _adamw(shape: torch.Size, group: Mapping[str, Any]) -> Route:
     """One element is one block; cut along the first dim where the parameter exceeds a chunk."""
     element = BlockShape((), ())
     # The root mean square of an update is taken over the parameter, so that one stays whole.
-    if math.prod(shape) * 4 <= CHUNK_BYTES or group["normalize_grads"]:
+    if math.prod(shape) * _ELEMENT_BYTES <= CHUNK_BYTES or group["normalize_grads"]:
         return Route(_ADAMW, (TilePlan(element, math.prod(shape)),), keeps_layout=True)
     row = math.prod(shape[1:])
     tiles = tuple(
@@ -114,7 +116,7 @@ def _rows(batch_shape: torch.Size, block_elements: int) -> Iterator[tuple[slice,
     if not batch_shape:
         yield ()
         return
-    rows = max(1, CHUNK_BYTES // (4 * math.prod(batch_shape[1:]) * block_elements))
+    rows = max(1, CHUNK_BYTES // (_ELEMENT_BYTES * math.prod(batch_shape[1:]) * block_elements))
     rest = [slice(0, size) for size in batch_shape[1:]]
     for start in range(0, batch_shape[0], rows):
         yield (slice(start, min(start + rows, batch_shape[0])), *rest)

@@ -11,7 +11,7 @@ _GROWTH = 1.5
 
 def young_steps(shampoo_beta: float) -> int:
     """Steps during which a factor is young: 8 time constants of its moving average."""
-    return math.ceil(8 / (1 - shampoo_beta))
+    return round(8 / (1 - shampoo_beta))
 
 
 def is_young_step(step: int) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from asteria.algorithms.adam import largest_ratio
 from asteria.algorithms.algorithm import Algorithm, BlockState, Pair
 from asteria.config.runtime import RuntimeConfig
 from asteria.linalg.eigenbasis import (
@@ -192,7 +193,8 @@ class Engine:
                 fresh,
                 scratch=(scratch[0][blocks], scratch[1][blocks]),
                 gate=gate,
-                bounded=start != "eigh",  # the published code does not
+                # The published code lets the ratio of the moments grow without bound.
+                bound=None if start == "eigh" else largest_ratio(hyper),
             )
             for mode, basis in enumerate(fresh):
                 if basis is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asteria.algorithms.adam import AdamW, adam_update_, bias_correction, ema_
+from asteria.algorithms.adam import AdamW, adam_update_, bias_correction, bound_ratio_, ema_
 from asteria.algorithms.algorithm import BlockShape
 from tests.algorithms.blocks import (
     BLOCKS,
@@ -51,6 +51,17 @@ def test_adam_update(gate: Tensor | None) -> None:
     torch.testing.assert_close(square, wanted_square)
     torch.testing.assert_close(update, wanted_mean / (wanted_square.sqrt() + 1e-3))
     assert torch.equal(gradient, kept)
+
+
+@pytest.mark.parametrize("gate", [None, ONE, ZERO])
+def test_the_second_moment_is_lifted_to_the_square_of_the_first(gate: Tensor | None) -> None:
+    mean = torch.tensor([3.0, -3.0, 0.0, 2.0, -1.0], dtype=torch.float64)
+    square = torch.tensor([0.0, 4.0, 0.0, 5.0, 1.0], dtype=torch.float64)
+    wanted = square.clone() if gate is ZERO else square.new_tensor([9.0, 9.0, 0.0, 5.0, 1.0])
+    kept = mean.clone()
+    bound_ratio_(mean, square, 1.0, out=torch.full_like(mean, float("nan")), gate=gate)
+    assert torch.equal(square, wanted)
+    assert torch.equal(mean, kept)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tests.algorithms.blocks import (
     ids,
     into_basis,
     normal,
+    other_bases,
     out_of_basis,
     random_state,
     rotation,
@@ -27,6 +28,7 @@ from tests.algorithms.blocks import (
 )
 
 ONE = torch.ones((), dtype=torch.float64)
+ZERO = torch.zeros((), dtype=torch.float64)
 MATRICES = [shape for shape in SHAPES if len(shape.dims) > 1]
 LETTERS = "ijkl"
 
@@ -156,8 +158,27 @@ def test_rotating_moves_the_first_moment_of_kl_soap_and_nothing_of_kl_shampoo(
 
         state = random_state(KLShampoo(), shape)
         before = copied(state)
-        KLShampoo().rotate_(state, fresh, scratch=pair, gate=None)
+        KLShampoo().rotate_(state, fresh, scratch=pair, gate=None, bound=1.0)
         assert changed(before, state) == set()
+
+
+@pytest.mark.parametrize("gate", [None, ONE, ZERO])
+@every_shape
+def test_a_bounded_rotation_leaves_no_momentum_that_the_second_moment_has_not_seen(
+    shape: BlockShape, gate: Tensor | None
+) -> None:
+    state, plain = random_state(KLSOAP(), shape), random_state(KLSOAP(), shape)
+    for one in (state, plain):
+        one["exp_avg_sq"].mul_(1e-6)
+    before, fresh, pair = copied(state), other_bases(state, shape), scratch_of(state["exp_avg"])
+    KLSOAP().rotate_(plain, fresh, scratch=pair, gate=gate)
+    KLSOAP().rotate_(state, fresh, scratch=pair, gate=gate, bound=1.0)
+    if gate is ZERO:
+        assert changed(before, state) == set()
+        return
+    assert changed(plain, state) == {"exp_avg_sq"}
+    wanted = torch.maximum(before["exp_avg_sq"], state["exp_avg"] ** 2)
+    assert torch.equal(state["exp_avg_sq"], wanted)
 
 
 @pytest.mark.parametrize("rule", [KLShampoo(), KLSOAP()])

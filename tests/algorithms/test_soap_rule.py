@@ -150,5 +150,24 @@ def test_rotating_keeps_the_first_moment_where_it_is_in_the_parameter_space(
         assert changed(before, state) <= {"exp_avg"}, "the second moment and the bases stay"
 
 
+@pytest.mark.parametrize("gate", [None, ONE, ZERO])
+@every_shape
+def test_a_bounded_rotation_leaves_no_momentum_that_the_second_moment_has_not_seen(
+    shape: BlockShape, gate: Tensor | None
+) -> None:
+    state, plain = random_state(SOAP(), shape), random_state(SOAP(), shape)
+    for one in (state, plain):
+        one["exp_avg_sq"].mul_(1e-6)
+    before, fresh, pair = copied(state), other_bases(state, shape), scratch_of(state["exp_avg"])
+    SOAP().rotate_(plain, fresh, scratch=pair, gate=gate)
+    SOAP().rotate_(state, fresh, scratch=pair, gate=gate, bound=1.0)
+    if gate is ZERO:
+        assert changed(before, state) == set()
+        return
+    assert changed(plain, state) == {"exp_avg_sq"}
+    wanted = torch.maximum(before["exp_avg_sq"], state["exp_avg"] ** 2)
+    assert torch.equal(state["exp_avg_sq"], wanted)
+
+
 def test_its_columns_are_sorted_and_vectors_are_left_to_routing() -> None:
     assert (SOAP().has_bases, SOAP().sorts_columns, SOAP().squeezes) == (True, True, False)

@@ -170,3 +170,15 @@ def test_stochastic_rounding_rounds_equal_parameters_differently(arm: Arm) -> No
     assert not same_bits(rounded[-1]["0"], rounded[-1]["1"])
     moves = [(b["0"] - a["0"]) != 0 for a, b in zip(rounded[1:], rounded[2:], strict=False)]
     assert not torch.equal(*moves)
+
+
+@over_arms
+def test_stochastic_rounding_rounds_equal_tiles_differently(arm: Arm) -> None:
+    p = nn.Parameter(torch.ones(12, 6, dtype=torch.bfloat16))
+    optimizer = arm(
+        [p], lr=2.0**-10, max_precond_dim=6, large_dims="blocks", stochastic_rounding=True
+    )
+    for step in range(4):
+        p.grad = gradient((6, 6), p.dtype, step, 0).repeat(2, 1)
+        optimizer.step()
+    assert not same_bits(p[:6], p[6:])

@@ -241,7 +241,7 @@ def test_data_format_matters_only_when_convolutions_are_merged(shape: Shape) -> 
 
 
 def test_a_large_stack_is_cut_along_its_first_dim(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "CHUNK_BYTES", 3 * 4 * 32 * 32)
+    monkeypatch.setattr(routing, "CHUNK_BYTES", 3 * 8 * 32 * 32)
     way = routed((10, 32, 32), {})
     assert [(tile.blocks, slices(tile)[0], tile.ordinal) for tile in way.tiles] == [
         (3, (0, 3), 0),
@@ -253,7 +253,7 @@ def test_a_large_stack_is_cut_along_its_first_dim(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_stack_of_stacks_is_cut_along_its_first_dim(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "CHUNK_BYTES", 2 * 4 * 3 * 20)
+    monkeypatch.setattr(routing, "CHUNK_BYTES", 2 * 8 * 3 * 20)
     way = routed((5, 3, 4, 5), {"batch_dims": 2})
     assert [(tile.blocks, slices(tile)) for tile in way.tiles] == [
         (6, [(0, 2), (0, 3), (0, 4), (0, 5)]),
@@ -270,7 +270,7 @@ def test_a_matrix_above_the_chunk_goes_alone(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_large_parameter_under_the_adamw_rule_is_cut_by_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(routing, "CHUNK_BYTES", 4 * 250)
+    monkeypatch.setattr(routing, "CHUNK_BYTES", 8 * 250)
     options = {"max_precond_dim": 1}
     way = routed((5, 100), options)
     assert way.rule.name == "adamw"

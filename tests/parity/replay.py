@@ -79,12 +79,14 @@ def replay_asteria(
     starts: Sequence[Array],
     gradients: Sequence[Gradients],
     dtype: torch.dtype,
+    batch_dims: int = 0,
 ) -> list[Array]:
     """Trajectories (steps, *shape) of parameters that share one optimizer in reference mode."""
     parameters = [torch.nn.Parameter(torch.tensor(start, dtype=dtype)) for start in starts]
     options = asteria_options(optimizer, published)
     runtime = asteria.RuntimeConfig.reference()
-    stepper = ASTERIA[optimizer](parameters, **options, runtime=runtime)
+    group = {"params": parameters, "batch_dims": batch_dims}
+    stepper = ASTERIA[optimizer]([group], **options, runtime=runtime)
     history: list[list[Array]] = [[] for _ in parameters]
     for step in range(len(gradients[0])):
         for parameter, given in zip(parameters, gradients, strict=True):

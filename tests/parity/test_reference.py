@@ -249,21 +249,21 @@ def test_a_stack_of_matrices_is_as_many_parameters(optimizer: str) -> None:
     start = np.stack([matrix for matrix, _ in built])
     gradients = np.stack([given for _, given in built], axis=1)
     arguments = (optimizer, published(options))
-    (actual,) = replay_asteria(*arguments, [start], [gradients], torch.float64)
+    (actual,) = replay_asteria(*arguments, [start], [gradients], torch.float64, batch_dims=1)
     for index, (matrix, given) in enumerate(built):
         expected = replay_reference(*arguments, matrix, given)
         assert_follows(actual[:, index], expected, matrix, TOLERANCE)
 
 
 @pytest.mark.parametrize("optimizer", REFERENCE)
-def test_a_stack_without_batch_dims_is_one_block(optimizer: str) -> None:
-    """The way back to the published treatment, for parameters that only look like stacks."""
+def test_the_control_arm_guesses_no_stacks(optimizer: str) -> None:
+    """By default a parameter of this shape is a stack; the published programs have none."""
     options = {"precondition_frequency": 3}
     start, gradients = Case(optimizer, (3, 32, 32), options, "subspace").build(9)
     reference = REFERENCE[optimizer](start, **published(options))
     parameter = torch.nn.Parameter(torch.tensor(start))
     stepper = ASTERIA[optimizer](
-        [{"params": [parameter], "batch_dims": 0}],
+        [parameter],
         **asteria_options(optimizer, published(options)),
         runtime=asteria.RuntimeConfig.reference(),
     )

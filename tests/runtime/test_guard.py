@@ -162,5 +162,7 @@ def test_a_verdict_that_is_still_on_its_way_keeps_its_place() -> None:
 def test_waiting_fetches_every_verdict() -> None:
     guard = DeviceGuard()
     guard.gate([torch.tensor([NAN])], ["a"])
-    guard._verdicts[0].arrived = LateEvent()  # type: ignore[assignment]
+    event = LateEvent()
+    guard._verdicts[0].arrived = event  # type: ignore[assignment]
     assert guard.collect(wait=True) == [["a"]]
+    assert event.here, "read only once it has arrived"

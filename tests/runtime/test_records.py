@@ -97,6 +97,21 @@ def test_state_bytes(one: ParameterRecord, numbers: int) -> None:
     assert one.route.state_bytes(torch.float64) == 8 * numbers
 
 
+def test_a_new_record_has_seen_nothing() -> None:
+    parameter = torch.zeros(2, 3)
+    new = ParameterRecord(
+        parameter=parameter,
+        name="p",
+        index=0,
+        route=record(0, 2, 3).route,
+        shape=parameter.shape,
+        dtype=parameter.dtype,
+        device=parameter.device,
+    )
+    assert (new.steps, new.begun, new.entries, new.shown) == (0, False, {}, ())
+    assert TilePlan(block(2, 3), 1).ordinal == 0
+
+
 @pytest.mark.parametrize("one", [record(0, 2, 3), two_tiles(0), record(0, 4, rule=ADAMW)])
 def test_a_record_knows_whether_its_state_was_replaced(one: ParameterRecord) -> None:
     admitted(record(1, 2, 3), one)
