@@ -56,14 +56,20 @@ def matched_eigh_basis(factor: Tensor, basis: Tensor) -> BasisResult:
     with the i-th largest Rayleigh quotient. Shapes and failures as in `eigh_basis`.
     """
     fresh, usable = eigh_basis(factor)
-    order = _order(basis, torch.bmm(factor, basis))
-    return BasisResult(torch.empty_like(fresh).scatter_(-1, order, fresh), usable)
+    order = _order(basis, torch.bmm(basis.mT, factor))
+    return BasisResult(_permuted(fresh.mT.contiguous(), order.argsort(-1)).mT, usable)
 
 
-def _order(basis: Tensor, image: Tensor) -> Tensor:
-    """Column indices by decreasing Rayleigh quotient q^T L q; image = L Q; all (b, n, n)."""
-    quotients = (basis * image).sum(-2)
-    return quotients.argsort(dim=-1, descending=True, stable=True).unsqueeze(-2).expand_as(image)
+def _order(basis: Tensor, images: Tensor) -> Tensor:
+    """Column indices by decreasing q^T L q, (b, n); images = Q^T L; both (b, n, n)."""
+    return (basis.mT * images).sum(-1).argsort(dim=-1, descending=True, stable=True)
+
+
+def _permuted(rows: Tensor, order: Tensor) -> Tensor:
+    """Row i of each block is row ``order[i]`` of ``rows``; (b, n, n) contiguous, (b, n)."""
+    blocks, size = order.shape
+    first = torch.arange(blocks, device=order.device).unsqueeze(-1) * size
+    return rows.view(-1, size).index_select(0, (order + first).view(-1)).view_as(rows)
 
 
 def orthogonal_iteration(factor: Tensor, basis: Tensor, *, sort: bool) -> BasisResult:
@@ -78,14 +84,14 @@ def orthogonal_iteration(factor: Tensor, basis: Tensor, *, sort: bool) -> BasisR
     thread; no synchronization with the device.
     Source: SOAP (arXiv 2409.11321), Algorithm 4.
     """
-    image = torch.bmm(factor, basis)
+    # In rows, because LAPACK's columns lie in memory like our rows: no copy has to transpose.
+    images = torch.bmm(basis.mT, factor)
     if sort:
-        order = _order(basis, image)
-        fresh = torch.empty_like(image).scatter_(
-            -1, order, _orthonormalized(image.gather(-1, order))
-        )
+        order = _order(basis, images)
+        fresh = _orthonormalized(_permuted(images, order).mT)
+        fresh = _permuted(fresh.mT.contiguous(), order.argsort(-1)).mT
     else:
-        fresh = _orthonormalized(image)
+        fresh = _orthonormalized(images.mT)
     return BasisResult(fresh, _is_orthogonal(fresh))
 
 

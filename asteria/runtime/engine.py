@@ -207,6 +207,8 @@ class Engine:
         else:
             result = orthogonal_iteration(factor, basis, sort=sort)
         self._count_refresh(result)
+        if factor.device.type == "cpu" and bool(result.usable.all()):
+            return result.basis
         return torch.where(result.usable[:, None, None], result.basis, basis)
 
     def _count_refresh(self, result: BasisResult) -> None:

@@ -31,11 +31,21 @@ def finite_flags(names: Sequence[str], gradients: Sequence[Tensor]) -> tuple[lis
             groups.setdefault((gradient.device, gradient.dtype), []).append(index)
     device = gradients[0].device
     order = [names[index] for members in groups.values() for index in members]
-    flags = [torch.ones(0, dtype=torch.bool, device=device)]
-    for members in groups.values():
-        norms = torch._foreach_norm([gradients[index] for index in members], float("inf"))
-        flags.append(torch.stack(list(norms)).isfinite().to(device, non_blocking=True))
-    return order, torch.cat(flags)
+    flags = [
+        _are_finite([gradients[index] for index in members]).to(device, non_blocking=True)
+        for members in groups.values()
+    ]
+    return order, torch.cat([torch.ones(0, dtype=torch.bool, device=device), *flags])
+
+
+def _are_finite(gradients: list[Tensor]) -> Tensor:
+    """(len,) bool for gradients of one device and dtype."""
+    if gradients[0].device.type == "cpu":
+        # Ten times faster than the maximum; but it may overflow where every element is finite.
+        flags = torch.stack(list(torch._foreach_norm(gradients, 2))).isfinite()
+        if bool(flags.all()):
+            return flags
+    return torch.stack(list(torch._foreach_norm(gradients, float("inf")))).isfinite()
 
 
 def nonfinite_error(names: Sequence[str]) -> NonFiniteGradientError:

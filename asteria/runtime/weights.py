@@ -17,10 +17,10 @@ __all__ = ["apply_", "gather", "normalize_"]
 
 def _slots(chunk: Chunk, stacked: Tensor, regions: Sequence[Tensor]) -> list[Tensor]:
     """The part of a chunk-shaped tensor that belongs to each tile, viewed as its region."""
-    return [
-        stacked[tile.start - chunk.start : tile.stop - chunk.start].view(region.shape)
-        for tile, region in zip(chunk.tiles, regions, strict=True)
-    ]
+    if len(regions) == len(stacked) and all(r.shape == stacked.shape[1:] for r in regions):
+        return list(stacked.unbind())
+    parts = torch.split_with_sizes(stacked, [tile.stop - tile.start for tile in chunk.tiles])
+    return [part.view(region.shape) for part, region in zip(parts, regions, strict=True)]
 
 
 def gather(chunk: Chunk, scratch: Scratch, gate: Tensor | None) -> Tensor:

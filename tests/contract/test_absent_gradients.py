@@ -103,16 +103,21 @@ def test_requires_grad_switched_on_and_off(arm: Arm) -> None:
     assert len(optimizer.state) == 4
 
 
+@pytest.mark.parametrize("pattern", ["unfrozen later", "last ones first"])
 @over_arms
-def test_order_of_arrival_leaves_no_trace(arm: Arm) -> None:
+def test_order_of_arrival_leaves_no_trace(arm: Arm, pattern: str) -> None:
     """State is stacked by the parameters' order, so a resumed run stacks it alike."""
     optimizer = arm(parameters(SMALL * 2))
     params = optimizer.param_groups[0]["params"]
     for step in range(7):
-        give(params, step, PATTERNS["last ones first"])
+        give(params, step, PATTERNS[pattern])
         optimizer.step()
     resumed = arm(clones(params))
     resumed.load_state_dict(optimizer.state_dict())
+    for one in (optimizer, resumed):
+        by_index = [one.state[p]["exp_avg"] for p in one.param_groups[0]["params"] if p.dim() > 1]
+        places = [moment.data_ptr() for moment in by_index]
+        assert places == sorted(places)
     for step in range(7, 14):
         for one in (optimizer, resumed):
             give(one.param_groups[0]["params"], step, lambda index, step: True)

@@ -29,9 +29,10 @@ LAYOUTS = {
     "stack": {"shapes": [(BLOCKS, 8, 8)], "batch_dims": 1},
     "stack of stacks": {"shapes": [(BLOCKS // 10, 10, 8, 8)], "batch_dims": 2},
     "vector": {"shapes": [(BLOCKS * 64,)], "batch_dims": 0},
+    "large factors": {"shapes": [(32, 2)] * 128, "batch_dims": 0},
     "rows": {"shapes": [(BLOCKS, 64)], "batch_dims": 0, "max_precond_dim": 1},
 }
-"""Of 256000 bytes in float32, sixteen chunks."""
+"""Of many times a chunk, in float32 weights or in factors."""
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def build(
         ("stack", torch.float32),
         ("stack of stacks", torch.bfloat16),
         ("vector", torch.bfloat16),
+        ("large factors", torch.float32),
         ("rows", torch.float32),
     ],
 )
