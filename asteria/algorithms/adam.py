@@ -34,6 +34,9 @@ def adam_update_(
 
     All of one shape and dtype; ``out`` is distinct. The bias corrections are not in it.
     """
+    if gate is None and out.device.type == "cpu":
+        _fused_update_(exp_avg, exp_avg_sq, gradient, hyper, out=out)
+        return out
     ema_(exp_avg, gradient, hyper.beta1, gate)
     if gate is None:
         exp_avg_sq.mul_(hyper.beta2).addcmul_(gradient, gradient, value=1 - hyper.beta2)
@@ -41,6 +44,31 @@ def adam_update_(
         ema_(exp_avg_sq, torch.mul(gradient, gradient, out=out), hyper.beta2, gate)
     torch.sqrt(exp_avg_sq, out=out).add_(hyper.eps)
     return torch.div(exp_avg, out, out=out)
+
+
+def _fused_update_(
+    exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, hyper: Hyperparameters, *, out: Tensor
+) -> None:
+    """The same by PyTorch's fused Adam kernel, in one pass through memory instead of six.
+
+    A step of learning rate -1 from zero leaves the update; after very many steps it has no bias
+    correction. The kernel is the one of ``torch.optim.Adam(fused=True)``, on the CPU since 2.4.
+    """
+    torch._fused_adam_(
+        [out.zero_()],
+        [gradient],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [torch.tensor(1e9)],
+        amsgrad=False,
+        lr=-1.0,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        weight_decay=0.0,
+        eps=hyper.eps,
+        maximize=False,
+    )
 
 
 def largest_ratio(hyper: Hyperparameters) -> float:

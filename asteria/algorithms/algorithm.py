@@ -37,7 +37,7 @@ class BlockShape:
     def factor_fields(self) -> tuple[FieldSpec, ...]:
         """Factor and eigenbasis of every factored mode, (n, n) each."""
         return tuple(
-            FieldSpec(f"{kind}_{mode}", (size, size))
+            FieldSpec(f"{kind}_{mode}", (size, size), by_columns=kind == "basis")
             for kind in ("factor", "basis")
             for mode, (size, factored) in enumerate(zip(self.dims, self.factored, strict=True))
             if factored

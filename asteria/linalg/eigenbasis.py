@@ -84,7 +84,7 @@ def orthogonal_iteration(factor: Tensor, basis: Tensor, *, sort: bool) -> BasisR
     thread; no synchronization with the device.
     Source: SOAP (arXiv 2409.11321), Algorithm 4.
     """
-    # In rows, because LAPACK's columns lie in memory like our rows: no copy has to transpose.
+    # In rows of Q^T: bases lie in memory column after column, and so no copy has to transpose.
     images = torch.bmm(basis.mT, factor)
     if sort:
         order = _order(basis, images)

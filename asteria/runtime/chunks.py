@@ -85,5 +85,5 @@ def _joins(
         and tile.stop - first.start <= limit
         and tile.record.begun == first.record.begun
         and tile.record.steps == first.record.steps
-        and update.hyper == updates[first.record].hyper
+        and (update is (other := updates[first.record]) or update.hyper == other.hyper)
     )

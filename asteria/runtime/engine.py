@@ -221,7 +221,8 @@ class Engine:
 def _count_updates(records: list[ParameterRecord], change: int) -> None:
     for record in records:
         record.steps += change
-        record.entries["step"].fill_(record.steps)
+    if records:
+        torch._foreach_add_([record.entries["step"] for record in records], change)
 
 
 def _parts(state: BlockState) -> Iterator[slice]:

@@ -18,10 +18,12 @@ class FieldSpec:
     name: str
     shape: tuple[int, ...]
     """Of one block; a stack of b blocks holds (b, *shape)."""
+    by_columns: bool = False
+    """Whether a matrix lies in memory column after column, as LAPACK has them."""
 
 
 class Stack:
-    """Fields of ``blocks`` same-shaped blocks, each field one contiguous tensor (blocks, *shape).
+    """Fields of ``blocks`` same-shaped blocks, each field one dense tensor (blocks, *shape).
 
     Neighbouring blocks are moved through batched products without a copy, and what the optimizer
     shows as a parameter's state are views of these tensors. Used by the training thread.
@@ -33,10 +35,10 @@ class Stack:
         self.blocks = blocks
         self.dtype = dtype
         self.device = device
-        self.fields: dict[str, Tensor] = {
-            field.name: torch.zeros(blocks, *field.shape, dtype=dtype, device=device)
-            for field in fields
-        }
+        self.fields: dict[str, Tensor] = {}
+        for field in fields:
+            tensor = torch.zeros(blocks, *field.shape, dtype=dtype, device=device)
+            self.fields[field.name] = tensor.mT if field.by_columns else tensor
 
     def window(self, start: int, stop: int) -> Mapping[str, Tensor]:
         """Views of the blocks ``start`` to ``stop``, by field name."""
