@@ -138,7 +138,7 @@ def test_a_run_learns_what_the_example_learns(
     monkeypatch.setattr(train_gpt, "MODEL", {"context": 8, "width": 8, "layers": 1, "heads": 2})
     monkeypatch.setattr(train_gpt, "BATCH", 2)
     monkeypatch.setattr(train_gpt, "load_corpus", lambda text: CORPUS)
-    names = ["--optimizers", run.optimizer, "--seed", "1"]
+    names = ["--optimizers", run.optimizer, "--seed", "1", "--lr", f"{run.optimizer}={run.lr}"]
     train_gpt.main([*names, "--steps", str(run.steps), "--out", str(tmp_path)])
     saved = torch.load(tmp_path / "klshampoo.pt", weights_only=True)
     assert convergence.execute(run, TASK, CORPUS, quiet)["loss"] == saved["curves"]["loss"]

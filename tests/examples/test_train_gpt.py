@@ -203,7 +203,7 @@ def test_a_finished_optimizer_is_not_run_again(
     ("more", "found"),
     [
         (["--seed", "1"], "seed 0, not 1"),
-        (["--lr", "adamw=0.5"], "lr 0.002, not 0.5"),
+        (["--lr", "adamw=0.5"], "lr 0.008, not 0.5"),
         (["--steps", "9"], "steps 8, not 9"),
     ],
 )
