@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.arms import ARMS_OF_ALL_STARTS, Arm, over_arms
+from tests.support.arms import ARMS, ARMS_OF_ALL_STARTS, Arm, over_arms
 from tests.support.training import weights
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -51,14 +51,14 @@ def losses(arm: Arm, dtype: torch.dtype, steps: int, **options: object) -> list[
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @over_arms
 def test_regression_is_learned(arm: Arm, dtype: torch.dtype) -> None:
-    recorded = losses(arm, dtype, 50)
-    assert sum(recorded[-5:]) < 0.15 * sum(recorded[:5])
+    recorded = losses(arm, dtype, 40)
+    assert sum(recorded[-5:]) < 0.2 * sum(recorded[:5])
 
 
-@pytest.mark.parametrize("arm", ARMS_OF_ALL_STARTS[len(DTYPES) + 2 :], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", ARMS_OF_ALL_STARTS[len(ARMS) :], ids=lambda arm: arm.name)
 def test_regression_is_learned_from_other_starts(arm: Arm) -> None:
-    recorded = losses(arm, torch.float32, 50)
-    assert sum(recorded[-5:]) < 0.15 * sum(recorded[:5])
+    recorded = losses(arm, torch.float32, 40)
+    assert sum(recorded[-5:]) < 0.2 * sum(recorded[:5])
 
 
 @pytest.mark.parametrize(
@@ -73,5 +73,5 @@ def test_regression_is_learned_from_other_starts(arm: Arm) -> None:
 )
 @over_arms
 def test_regression_is_learned_under_options(arm: Arm, options: dict[str, object]) -> None:
-    recorded = losses(arm, torch.float32, 40, **options)
+    recorded = losses(arm, torch.float32, 30, **options)
     assert sum(recorded[-5:]) < 0.3 * sum(recorded[:5])

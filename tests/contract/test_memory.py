@@ -26,6 +26,7 @@ CHUNK_BYTES = 16 * 1024
 BLOCKS = 1000
 LAYOUTS = {
     "parameters": {"shapes": [(8, 8)] * BLOCKS, "batch_dims": 0},
+    "narrow parameters": {"shapes": [(8, 8)] * 200, "batch_dims": 0},
     "stack": {"shapes": [(BLOCKS, 8, 8)], "batch_dims": 1},
     "stack of stacks": {"shapes": [(BLOCKS // 10, 10, 8, 8)], "batch_dims": 2},
     "vector": {"shapes": [(BLOCKS * 64,)], "batch_dims": 0},
@@ -56,7 +57,7 @@ def build(
     ("layout", "dtype"),
     [
         ("parameters", torch.float32),
-        ("parameters", torch.bfloat16),
+        ("narrow parameters", torch.bfloat16),
         ("stack", torch.float32),
         ("stack of stacks", torch.bfloat16),
         ("vector", torch.bfloat16),

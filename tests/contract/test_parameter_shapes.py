@@ -45,7 +45,7 @@ SHAPES: dict[Shape, tuple[Shape, Shape]] = {
     (0, 3): ((), ()),
     (2, 0, 3): ((), ()),
 }
-STEPS = 40
+STEPS = 32
 
 
 def factors_of(entries: dict[str, Tensor]) -> list[str]:
