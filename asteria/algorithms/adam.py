@@ -60,7 +60,7 @@ def _fused_update_(
         [exp_avg],
         [exp_avg_sq],
         [],
-        [torch.tensor(1e9, dtype=torch.float32, device="cpu")],
+        [torch.tensor(1e18, dtype=torch.float32, device="cpu")],
         amsgrad=False,
         lr=-1.0,
         beta1=hyper.beta1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -55,7 +56,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._engine = Engine(runtime)
         self._records: dict[Tensor, ParameterRecord] = {}
         # The published code knows no stacks of matrices, so the control arm guesses none.
-        batch_dims = 0 if runtime == RuntimeConfig.reference() else None
+        control = replace(runtime, nonfinite="raise") == RuntimeConfig.reference()
+        batch_dims = 0 if control else None
         super().__init__(given, {**defaults, "batch_dims": batch_dims})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

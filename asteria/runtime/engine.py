@@ -88,17 +88,17 @@ class Engine:
         names, flags = finite_flags(names, gradients)
         bad = [name for name, ok in zip(names, flags.tolist(), strict=True) if not ok]
         if bad:
-            self._count_skip(bad)
+            self._count_skips([bad])
         return not bad, None
 
     def _collect_verdicts(self, *, wait: bool) -> None:
-        for names in self._guard.collect(wait=wait):
-            self._count_skip(names)
+        self._count_skips(self._guard.collect(wait=wait))
 
-    def _count_skip(self, names: list[str]) -> None:
-        self._skipped_steps += 1
-        if self._config.nonfinite == "raise":
-            raise nonfinite_error(names)
+    def _count_skips(self, steps: list[list[str]]) -> None:
+        """Count skipped steps, given the names of their bad gradients; raise for the first."""
+        self._skipped_steps += len(steps)
+        if steps and self._config.nonfinite == "raise":
+            raise nonfinite_error(steps[0])
 
     def step(self, updates: Mapping[ParameterRecord, Update], gate: Tensor | None) -> None:
         """One step of every parameter in ``updates``, whose gradients are there and accepted."""
