@@ -13,10 +13,11 @@ import math
 import torch
 from torch import Tensor
 
-from asteria.algorithms.adam import adam_update_, bound_ratio_, ema_
+from asteria.algorithms.adam import ema_
 from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, bases
+from asteria.algorithms.rotated_adam import moment_fields, rotate_moments_, rotated_update_
 from asteria.config.hyperparameters import Hyperparameters
-from asteria.linalg.modes import change_basis_, decay_gram_, replace_, scale_modes_, transform
+from asteria.linalg.modes import decay_gram_, replace_, scale_modes_, transform
 from asteria.store.stack import FieldSpec
 
 __all__ = ["KLSOAP", "KLShampoo"]
@@ -147,8 +148,7 @@ class KLSOAP(_KullbackLeibler):
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """Two moments, factor and eigenbasis of each factored mode, inverse roots of all."""
-        moments = (FieldSpec("exp_avg", block.dims), FieldSpec("exp_avg_sq", block.dims))
-        return moments + _kl_fields(block)
+        return moment_fields(block) + _kl_fields(block)
 
     def direction_(
         self,
@@ -161,13 +161,8 @@ class KLSOAP(_KullbackLeibler):
         gate: Tensor | None,
     ) -> tuple[Tensor, float]:
         """Project, advance Adam there, project back."""
-        basis = bases(state, gradient.dim() - 1)
-        projected = transform(gradient, basis, scratch, transpose=True)
-        free = scratch[1] if projected is scratch[0] else scratch[0]
-        update = adam_update_(
-            state["exp_avg"], state["exp_avg_sq"], projected, hyper, out=free, gate=gate
-        )
-        return transform(update, basis, scratch, transpose=False), 1.0
+        update = rotated_update_(state, gradient, hyper, scratch=scratch, gate=gate)
+        return update, 1.0
 
     def rotate_(
         self,
@@ -179,10 +174,7 @@ class KLSOAP(_KullbackLeibler):
         bound: float | None = None,
     ) -> None:
         """The first moment is rotated; the second stays with its columns (contract C4)."""
-        change_basis_(state["exp_avg"], bases(state, len(fresh)), fresh, scratch, gate)
-        if bound is not None:
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            bound_ratio_(*moments, bound, out=scratch[0], gate=gate)
+        rotate_moments_(state, fresh, scratch=scratch, gate=gate, bound=bound)
 
 
 def _kl_fields(block: BlockShape) -> tuple[FieldSpec, ...]:

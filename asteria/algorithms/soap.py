@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from asteria.algorithms.adam import adam_update_, bias_correction, bound_ratio_
-from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, bases, factors
+from asteria.algorithms.adam import bias_correction
+from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, factors
+from asteria.algorithms.rotated_adam import moment_fields, rotate_moments_, rotated_update_
 from asteria.config.hyperparameters import Hyperparameters
-from asteria.linalg.modes import change_basis_, decay_gram_, transform
+from asteria.linalg.modes import decay_gram_
 from asteria.store.stack import FieldSpec
 
 __all__ = ["SOAP"]
@@ -23,8 +24,7 @@ class SOAP:
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """Two moments of the block's dims, factor and eigenbasis of each factored mode."""
-        moments = (FieldSpec("exp_avg", block.dims), FieldSpec("exp_avg_sq", block.dims))
-        return moments + block.factor_fields()
+        return moment_fields(block) + block.factor_fields()
 
     def begin_(self, state: BlockState, gradient: Tensor, hyper: Hyperparameters) -> None:
         """Factors of the first gradient, begun at zero."""
@@ -41,13 +41,8 @@ class SOAP:
         gate: Tensor | None,
     ) -> tuple[Tensor, float]:
         """Project, advance Adam there, project back (Algorithm 3)."""
-        basis = bases(state, gradient.dim() - 1)
-        projected = transform(gradient, basis, scratch, transpose=True)
-        free = scratch[1] if projected is scratch[0] else scratch[0]
-        update = adam_update_(
-            state["exp_avg"], state["exp_avg_sq"], projected, hyper, out=free, gate=gate
-        )
-        return transform(update, basis, scratch, transpose=False), bias_correction(hyper, step)
+        update = rotated_update_(state, gradient, hyper, scratch=scratch, gate=gate)
+        return update, bias_correction(hyper, step)
 
     def accumulate_(
         self,
@@ -71,10 +66,7 @@ class SOAP:
         bound: float | None = None,
     ) -> None:
         """The first moment is rotated; the second stays with its columns (contract C4)."""
-        change_basis_(state["exp_avg"], bases(state, len(fresh)), fresh, scratch, gate)
-        if bound is not None:
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            bound_ratio_(*moments, bound, out=scratch[0], gate=gate)
+        rotate_moments_(state, fresh, scratch=scratch, gate=gate, bound=bound)
 
 
 def _fold_(
