@@ -12,15 +12,11 @@ Model, data and the loss are those of ``examples/train_gpt.py``. Every finished 
 """
 
 import argparse
-import hashlib
 import json
 import math
-import os
-import platform
 import statistics
-import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,59 +24,11 @@ from typing import Any, Literal
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 from tqdm import tqdm
 
-import asteria
+from benchmarks.measurement import describe_machine
+from benchmarks.runs import Lab, Record, Run, Runner, Task, final, optimizer_ms
 from examples import train_gpt as example
-
-Record = dict[str, Any]
-Corpus = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """The model and the data that all runs of a study share."""
-
-    context: int = example.MODEL["context"]
-    width: int = example.MODEL["width"]
-    layers: int = example.MODEL["layers"]
-    heads: int = example.MODEL["heads"]
-    batch: int = example.BATCH
-    windows: int = example.WINDOWS  # validation windows of the final loss
-    glance: int = example.GLANCE  # validation windows of a point of a curve
-    text: int = 0  # checksum of the corpus
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """One training run: what it depends on beside its task, and so the key of its result."""
-
-    optimizer: str  # as the example calls it: adamw, soap, klshampoo or klsoap
-    lr: float  # peak learning rate
-    steps: int
-    seed: int = 0  # of the first weights and of the batches
-    warmup: int = 60  # steps of linear warm-up
-    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up; a cosine ends at 0
-    preset: Literal["default", "reference"] = "default"  # of the RuntimeConfig
-    runtime: tuple[tuple[str, Any], ...] = ()  # its fields that differ from the preset
-    options: tuple[tuple[str, Any], ...] = (("precondition_frequency", 10),)  # not for AdamW
-
-    def make_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of this run for ``model``."""
-        if self.optimizer == "adamw":
-            return example.make_optimizer("adamw", model, lr=self.lr)
-        config = asteria.RuntimeConfig
-        preset = config.reference() if self.preset == "reference" else config()
-        runtime = replace(preset, **dict(self.runtime))
-        options = dict(self.options)
-        return example.make_optimizer(self.optimizer, model, lr=self.lr, runtime=runtime, **options)
-
-    def factor(self, step: int) -> float:
-        """Fraction of the peak learning rate at ``step``."""
-        if self.schedule == "constant":
-            return min(1.0, (step + 1) / self.warmup)
-        return example.warmup_cosine(step, self.steps, self.warmup)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,105 +85,6 @@ class Study:
         """The run of ``arm`` with these settings, of the usual length unless ``steps`` is given."""
         kind: dict[str, Any] = {"optimizer": arm.optimizer, "preset": arm.preset}
         return Run(lr=lr, seed=seed, steps=steps or self.steps, warmup=self.warmup, **kind)
-
-
-def execute(run: Run, task: Task, corpus: Corpus, on_step: Callable[[str], None]) -> Record:
-    """Train ``run``; one that leaves the finite numbers ends there and has no final loss."""
-    torch.manual_seed(run.seed)
-    model = example.GPT(task.context, task.width, task.layers, task.heads)
-    optimizer = run.make_optimizer(model)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, run.factor)
-    starts = example.batch_starts(corpus[0], run.steps, task.batch, task.context, run.seed)
-    record: Record = {"loss": [], "step_s": [], "optimizer_s": [], "validation": [], "final": None}
-    for step in range(run.steps):
-        begin = time.perf_counter()
-        loss = model(*example.windows(corpus[0], starts[step], task.context))
-        loss.backward()
-        middle = time.perf_counter()
-        try:
-            optimizer.step()
-        except (asteria.NonFiniteGradientError, asteria.RefreshError):
-            break
-        end = time.perf_counter()
-        scheduler.step()
-        optimizer.zero_grad()
-        record["loss"].append(loss.item())
-        record["step_s"].append(end - begin)
-        record["optimizer_s"].append(end - middle)
-        if not math.isfinite(loss.item()):
-            break
-        on_step(f"loss {loss.item():.3f}, {1e3 * (end - begin):.0f} ms/step")
-        if step + 1 == run.steps or (step + 1) % example.EVALUATE_EVERY == 0:
-            point = example.evaluate(model, corpus[1], task.context, task.glance)
-            record["validation"].append([step + 1, sum(record["step_s"]), point])
-    else:
-        final = example.evaluate(model, corpus[1], task.context, task.windows)
-        record["final"] = final if math.isfinite(final) else None
-    record["state_bytes"] = example.state_bytes(optimizer.state_dict())
-    return record
-
-
-class Lab:
-    """Runs of one task: looks each up in its folder and executes those that are not there."""
-
-    def __init__(self, task: Task, corpus: Corpus, folder: Path, bar: Any) -> None:
-        """``bar`` is a tqdm bar over the steps of all runs."""
-        self.task, self.corpus, self.folder, self.bar = task, corpus, folder, bar
-        files = sorted(Path(asteria.__file__).parent.rglob("*.py"))
-        self.source = zlib.crc32(b"".join(file.read_bytes() for file in files))
-        self.outdated = 0  # results of another version of asteria
-        self.records: dict[Run, Record] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def path(self, run: Run) -> Path:
-        """Where the result of ``run`` is stored."""
-        key = json.dumps([asdict(run), asdict(self.task)], sort_keys=True)
-        digest = hashlib.sha256(key.encode()).hexdigest()[:10]
-        name = f"{run.optimizer}_{run.preset}_{run.steps}steps_lr{run.lr:g}_seed{run.seed}"
-        return self.folder / f"{name}_{digest}.json"
-
-    def __call__(self, run: Run) -> Record:
-        """The result of ``run``, stored or new."""
-        if run not in self.records:
-            path = self.path(run)
-            self.records[run] = self._read(run, path) if path.exists() else self._new(run, path)
-        return self.records[run]
-
-    def _read(self, run: Run, path: Path) -> Record:
-        self.bar.total -= run.steps  # so that the time left is that of new runs
-        record: Record = json.loads(path.read_text())
-        self.outdated += record["source"] != self.source and run.optimizer != "adamw"
-        return record
-
-    def _new(self, run: Run, path: Path) -> Record:
-        start = self.bar.n
-        self.bar.set_description(f"{run.optimizer} {run.preset}, lr {run.lr:g}, seed {run.seed}")
-
-        def on_step(text: str) -> None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-
-        record = execute(run, self.task, self.corpus, on_step)
-        record |= {"run": asdict(run), "task": asdict(self.task), "source": self.source}
-        self.bar.update(start + run.steps - self.bar.n)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record))
-        os.replace(temporary, path)  # a kill leaves no half result
-        return record
-
-
-Runner = Callable[[Run], Record]
-
-
-def final(record: Record) -> float:
-    """Final validation loss; infinite where the run broke off."""
-    return math.inf if record["final"] is None else float(record["final"])
-
-
-def optimizer_ms(records: Sequence[Record]) -> float:
-    """Mean milliseconds of ``step()`` over all steps of ``records``."""
-    times = [seconds for record in records for seconds in record["optimizer_s"]]
-    return 1e3 * statistics.fmean(times) if times else math.nan
 
 
 def tune(arm: Arm, runner: Runner, study: Study) -> Record:
@@ -343,20 +192,6 @@ def plot_curves(panel: Axes, arm: Record, color: str) -> None:
     panel.fill_between(steps, [*map(min, columns)], [*map(max, columns)], color=color, alpha=0.2)
 
 
-def machine() -> Record:
-    """What the numbers were measured with."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing of the study, then print and write its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -382,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{lab.outdated} runs in {args.out} were made with another version of asteria")
     if args.json:
         settings = asdict(study) | {"warmup": study.warmup, "task": asdict(task)}
-        results: Record = {"settings": settings, "machine": machine()}
+        results: Record = {"settings": settings, "machine": describe_machine()}
         results |= {"arms": arms, "lengths": lengths}
         long = ("task", "loss", "step_s", "optimizer_s")
         results["runs"] = [
