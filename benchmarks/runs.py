@@ -72,6 +72,21 @@ def execute(run: Run, task: Task, corpus: Corpus, on_step: Callable[[str], None]
     torch.manual_seed(run.seed)
     model = example.GPT(task.context, task.width, task.layers, task.heads)
     optimizer = run.make_optimizer(model)
+    with example.closing(optimizer):
+        record = _train(run, task, corpus, (model, optimizer), on_step)
+        record["state_bytes"] = example.state_bytes(optimizer.state_dict())
+    return record
+
+
+def _train(
+    run: Run,
+    task: Task,
+    corpus: Corpus,
+    parts: tuple[torch.nn.Module, torch.optim.Optimizer],
+    on_step: Callable[[str], None],
+) -> Record:
+    """The steps of ``run`` on its model and optimizer, with their losses and times."""
+    model, optimizer = parts
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, run.factor)
     starts = example.batch_starts(corpus[0], run.steps, task.batch, task.context, run.seed)
     record: Record = {"loss": [], "step_s": [], "optimizer_s": [], "validation": [], "final": None}
@@ -99,7 +114,6 @@ def execute(run: Run, task: Task, corpus: Corpus, on_step: Callable[[str], None]
     else:
         final = example.evaluate(model, corpus[1], task.context, task.windows)
         record["final"] = final if math.isfinite(final) else None
-    record["state_bytes"] = example.state_bytes(optimizer.state_dict())
     return record
 
 

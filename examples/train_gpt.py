@@ -10,6 +10,7 @@ was killed continues from its last checkpoint and ends with the same bits.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import sysconfig
@@ -127,6 +128,13 @@ def make_optimizer(name: str, model: nn.Module, **options: Any) -> torch.optim.O
     return kind(model.parameters(), **options)
 
 
+def closing(optimizer: Any) -> contextlib.AbstractContextManager[Any]:
+    """Ends the threads of ``optimizer`` with the block; torch's optimizers have none."""
+    if hasattr(optimizer, "close"):
+        return contextlib.closing(optimizer)
+    return contextlib.nullcontext()
+
+
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
     """Factor of the peak learning rate: a line up over ``warmup`` steps, then a cosine to 0."""
     if step < warmup:
@@ -168,32 +176,33 @@ def train(run: dict[str, Any], corpus: tuple[Tensor, Tensor], path: Path) -> dic
     starts = batch_starts(corpus[0], run["steps"], BATCH, context, run["seed"])
     done, label = len(curves["loss"]), OPTIMIZERS[run["optimizer"]][0]
     bar = tqdm(range(done, run["steps"]), f"{label:10}", run["steps"], initial=done)
-    for step in bar:
-        begin = time.perf_counter()
-        loss = model(*windows(corpus[0], starts[step], context))
-        loss.backward()
-        middle = time.perf_counter()
-        optimizer.step()
-        end = time.perf_counter()
-        scheduler.step()
-        optimizer.zero_grad()
-        curves["loss"].append(loss.item())
-        curves["step_s"].append(end - begin)
-        curves["optimizer_s"].append(end - middle)
-        bar.set_postfix_str(
-            f"loss {loss.item():.3f}, {1e3 * (end - begin):.0f} ms/step", refresh=False
-        )
-        last = step + 1 == run["steps"]
-        if last or (step + 1) % EVALUATE_EVERY == 0:
-            point = evaluate(model, corpus[1], context, GLANCE)
-            curves["validation"].append([step + 1, sum(curves["step_s"]), point])
-        if last:
-            curves["final"] = evaluate(model, corpus[1], context)
-            curves["state_bytes"] = state_bytes(optimizer.state_dict())
-        if last or (step + 1) % SAVE_EVERY == 0:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            torch.save({"run": run, "curves": curves, **states}, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)  # a kill leaves the old checkpoint or the new one
+    with closing(optimizer):
+        for step in bar:
+            begin = time.perf_counter()
+            loss = model(*windows(corpus[0], starts[step], context))
+            loss.backward()
+            middle = time.perf_counter()
+            optimizer.step()
+            end = time.perf_counter()
+            scheduler.step()
+            optimizer.zero_grad()
+            curves["loss"].append(loss.item())
+            curves["step_s"].append(end - begin)
+            curves["optimizer_s"].append(end - middle)
+            bar.set_postfix_str(
+                f"loss {loss.item():.3f}, {1e3 * (end - begin):.0f} ms/step", refresh=False
+            )
+            last = step + 1 == run["steps"]
+            if last or (step + 1) % EVALUATE_EVERY == 0:
+                point = evaluate(model, corpus[1], context, GLANCE)
+                curves["validation"].append([step + 1, sum(curves["step_s"]), point])
+            if last:
+                curves["final"] = evaluate(model, corpus[1], context)
+                curves["state_bytes"] = state_bytes(optimizer.state_dict())
+            if last or (step + 1) % SAVE_EVERY == 0:
+                states = {name: part.state_dict() for name, part in parts.items()}
+                torch.save({"run": run, "curves": curves, **states}, f"{path}.tmp")
+                os.replace(f"{path}.tmp", path)  # a kill leaves the old checkpoint or the new one
     return curves
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import asteria
 from benchmarks import runs
 from benchmarks.runs import Lab, Run, Task
 from examples import train_gpt
@@ -67,6 +68,19 @@ def test_a_run_passes_its_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen["shampoo_beta"] == 0.9
     assert seen["runtime"].staleness == 7
     assert seen["runtime"].refresh == "sync"
+
+
+@pytest.mark.parametrize("lr", [3e-3, 1e30])
+def test_a_run_closes_its_optimizer(lr: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    def close(optimizer: torch.optim.Optimizer) -> None:
+        closed.append(len(optimizer.state))
+
+    monkeypatch.setattr(asteria.SOAP, "close", close, raising=False)
+    runs.execute(replace(SOAP, lr=lr), TASK, CORPUS, quiet)
+    assert len(closed) == 1
+    assert closed[0] > 0
 
 
 @pytest.mark.parametrize("run", [ADAMW, SOAP])

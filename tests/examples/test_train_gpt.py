@@ -191,6 +191,27 @@ def test_a_killed_run_continues_and_ends_with_the_same_bits(
         assert torch.equal(weight, parts["model"][key]), key
 
 
+def test_an_optimizer_is_closed_even_if_its_run_is_killed(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+
+    def close(optimizer: torch.optim.Optimizer) -> None:
+        closed.append(optimizer)
+
+    def killed(*args: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asteria.SOAP, "close", close, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(text, tmp_path, "--optimizers", "soap")
+    assert len(closed) == 1
+    train(text, tmp_path, "--optimizers", "soap", "adamw")
+    assert len(closed) == 2
+
+
 def test_a_finished_optimizer_is_not_run_again(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
