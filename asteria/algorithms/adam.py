@@ -12,6 +12,8 @@ from asteria.store.stack import FieldSpec
 
 __all__ = ["AdamW", "adam_update_", "bias_correction", "bound_ratio_", "ema_", "largest_ratio"]
 
+_MANY_STEPS = torch.tensor(1e18, dtype=torch.float32, device="cpu")
+
 
 def ema_(mean: Tensor, value: Tensor, beta: float, gate: Tensor | None) -> None:
     """``mean`` <- beta * mean + (1 - beta) * value, in place, unless ``gate`` is 0."""
@@ -32,10 +34,13 @@ def adam_update_(
 ) -> Tensor:
     """Advance both moments and write exp_avg / (sqrt(exp_avg_sq) + eps) to ``out``.
 
-    All of one shape and dtype; ``out`` is distinct. The bias corrections are not in it.
+    All of one shape and dtype; ``out`` may be ``gradient``, which is then overwritten. The bias
+    corrections are not in it.
     """
     if gate is None and out.device.type == "cpu":
-        _fused_update_(exp_avg, exp_avg_sq, gradient, hyper, out=out)
+        if out is not gradient:
+            out.copy_(gradient)
+        _fused_update_(exp_avg, exp_avg_sq, out, hyper)
         return out
     ema_(exp_avg, gradient, hyper.beta1, gate)
     if gate is None:
@@ -47,25 +52,27 @@ def adam_update_(
 
 
 def _fused_update_(
-    exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, hyper: Hyperparameters, *, out: Tensor
+    exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, hyper: Hyperparameters
 ) -> None:
-    """The same by PyTorch's fused Adam kernel, in one pass through memory instead of six.
+    """The same in place of the gradient by PyTorch's fused AdamW kernel, in one pass.
 
-    A step of learning rate -1 from zero leaves the update; after very many steps it has no bias
-    correction. The kernel is the one of ``torch.optim.Adam(fused=True)``, on the CPU since 2.4.
+    The gradient takes the place of the weights, too: with a learning rate and a weight decay of -1
+    these decay to zero, and what is left is the update (where the gradient is not finite, it and
+    the moments are lost anyway). After very many steps the update has no bias correction. The
+    kernel is the one of ``torch.optim.AdamW(fused=True)``, on the CPU since 2.4.
     """
-    torch._fused_adam_(
-        [out.zero_()],
+    torch._fused_adamw_(
+        [gradient],
         [gradient],
         [exp_avg],
         [exp_avg_sq],
         [],
-        [torch.tensor(1e18, dtype=torch.float32, device="cpu")],
+        [_MANY_STEPS],
         amsgrad=False,
         lr=-1.0,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
-        weight_decay=0.0,
+        weight_decay=-1.0,
         eps=hyper.eps,
         maximize=False,
     )

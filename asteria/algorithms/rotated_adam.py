@@ -33,9 +33,10 @@ def rotated_update_(
     """
     basis = bases(state, gradient.dim() - 1)
     projected = transform(gradient, basis, scratch, transpose=True)
-    free = scratch[1] if projected is scratch[0] else scratch[0]
+    # A gradient without a basis is still the caller's.
+    out = scratch[0] if projected is gradient else projected
     moments = state["exp_avg"], state["exp_avg_sq"]
-    update = adam_update_(*moments, projected, hyper, out=free, gate=gate)
+    update = adam_update_(*moments, projected, hyper, out=out, gate=gate)
     return transform(update, basis, scratch, transpose=False)
 
 

@@ -167,7 +167,7 @@ class Hyperparameters:
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
         """Read them from a parameter group, as it is at this step."""
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])
         shampoo_beta = group["shampoo_beta"]
         return cls(
             beta1=beta1,

@@ -56,20 +56,22 @@ def matched_eigh_basis(factor: Tensor, basis: Tensor) -> BasisResult:
     with the i-th largest Rayleigh quotient. Shapes and failures as in `eigh_basis`.
     """
     fresh, usable = eigh_basis(factor)
-    order = _order(basis, torch.bmm(basis.mT, factor))
+    order = _order(torch.bmm(basis.mT, factor) * basis.mT)
     return BasisResult(_permuted(fresh.mT.contiguous(), order.argsort(-1)).mT, usable)
 
 
-def _order(basis: Tensor, images: Tensor) -> Tensor:
-    """Column indices by decreasing q^T L q, (b, n); images = Q^T L; both (b, n, n)."""
-    return (basis.mT * images).sum(-1).argsort(dim=-1, descending=True, stable=True)
+def _order(products: Tensor) -> Tensor:
+    """Column indices by decreasing q^T L q, (b, n); products = (Q^T L) * Q^T, (b, n, n)."""
+    return products.sum(-1).argsort(dim=-1, descending=True, stable=True)
 
 
-def _permuted(rows: Tensor, order: Tensor) -> Tensor:
+def _permuted(rows: Tensor, order: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Row i of each block is row ``order[i]`` of ``rows``; (b, n, n) contiguous, (b, n)."""
     blocks, size = order.shape
     first = torch.arange(blocks, device=order.device).unsqueeze(-1) * size
-    return rows.view(-1, size).index_select(0, (order + first).view(-1)).view_as(rows)
+    out = torch.empty_like(rows) if out is None else out
+    torch.index_select(rows.view(-1, size), 0, (order + first).view(-1), out=out.view(-1, size))
+    return out
 
 
 def orthogonal_iteration(factor: Tensor, basis: Tensor, *, sort: bool) -> BasisResult:
@@ -87,17 +89,24 @@ def orthogonal_iteration(factor: Tensor, basis: Tensor, *, sort: bool) -> BasisR
     # In rows of Q^T: bases lie in memory column after column, and so no copy has to transpose.
     images = torch.bmm(basis.mT, factor)
     if sort:
-        order = _order(basis, images)
-        fresh = _orthonormalized(_permuted(images, order).mT)
-        fresh = _permuted(fresh.mT.contiguous(), order.argsort(-1)).mT
+        products = images * basis.mT
+        order = _order(products)
+        # Two large tensors take turns: fresh memory costs more than what is written to it.
+        fresh = _orthonormalized(_permuted(images, order, out=products).mT)
+        fresh = _permuted(fresh.mT, order.argsort(-1), out=images).mT
     else:
         fresh = _orthonormalized(images.mT)
     return BasisResult(fresh, _is_orthogonal(fresh))
 
 
 def _orthonormalized(columns: Tensor) -> Tensor:
-    """The Q of QR; `torch.linalg.qr` would also copy a triangle that nobody needs."""
-    product: Tensor = torch.linalg.householder_product(*torch.geqrf(columns))
+    """The Q of QR, in place; `torch.linalg.qr` would also copy a triangle that nobody needs.
+
+    Shapes: (b, n, n), each matrix column after column in memory.
+    """
+    scales = columns.new_empty(columns.shape[:-1])
+    torch.geqrf(columns, out=(columns, scales))
+    product: Tensor = torch.linalg.householder_product(columns, scales, out=columns)
     return product
 
 

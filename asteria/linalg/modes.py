@@ -62,12 +62,13 @@ def replace_(target: Tensor, value: Tensor, gate: Tensor | None) -> None:
 
 def _multiply_mode(x: Tensor, matrix: Tensor, mode: int, out: Tensor) -> None:
     """``out`` = ``matrix`` (b, d_k, d_k) times mode k of ``x``; both contiguous and distinct."""
-    blocks, dims = x.shape[0], x.shape[1:]
-    size, before = dims[mode], math.prod(dims[:mode])
-    if len(dims) == 2:
+    if x.dim() == 3:
         first, second = (matrix, x) if mode == 0 else (x, matrix.mT)
         torch.bmm(first, second, out=out)
-    elif before == 1:
+        return
+    blocks, dims = x.shape[0], x.shape[1:]
+    size, before = dims[mode], math.prod(dims[:mode])
+    if before == 1:
         torch.bmm(matrix, x.view(blocks, size, -1), out=out.view(blocks, size, -1))
     elif mode == len(dims) - 1:
         torch.bmm(x.view(blocks, -1, size), matrix.mT, out=out.view(blocks, -1, size))

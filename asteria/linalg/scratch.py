@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,15 +19,21 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, torch.device], dict[tuple[int, ...], Tensor]] = {}
 
     def take(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """An uninitialized tensor; it is valid until the same name is taken again."""
-        size = math.prod(shape)
         key = (name, dtype, device)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=dtype, device=device)
-            self._buffers[key] = buffer
-        return buffer[:size].view(tuple(shape))
+        views = self._views.setdefault(key, {})
+        view = views.get(shape)
+        if view is None:
+            size = math.prod(shape)
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.numel() < size:
+                buffer = torch.empty(size, dtype=dtype, device=device)
+                self._buffers[key] = buffer
+                views.clear()
+            view = views[shape] = buffer[:size].view(shape)
+        return view

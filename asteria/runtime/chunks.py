@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from asteria.algorithms.algorithm import BlockState
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.runtime.records import Extent, ParameterRecord, Tile
 
@@ -51,6 +52,18 @@ class Chunk:
     def steps(self) -> int:
         """Updates of the blocks' moments so far."""
         return self.tiles[0].record.steps
+
+    @property
+    def state(self) -> BlockState:
+        """The blocks' fields; every tensor is (blocks, *shape of the field)."""
+        place = (self.start, self.stop)
+        windows = self.extent.windows
+        if place not in windows:
+            # Steps that cut an extent in ever new ways shall not pile up views.
+            if len(windows) > len(self.extent.tiles):
+                windows.clear()
+            windows[place] = self.extent.stack.window(*place)
+        return windows[place]
 
 
 def chunks(extent: Extent, updates: Mapping[ParameterRecord, Update]) -> Iterator[Chunk]:

@@ -21,7 +21,7 @@ from asteria.linalg.scratch import Scratch
 from asteria.refresh.schedule import is_due, young_steps
 from asteria.runtime.admission import admit, discard
 from asteria.runtime.chunks import CHUNK_BYTES, Chunk, Update, chunks
-from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error
+from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error, surely_finite
 from asteria.runtime.records import Extent, ExtentKey, ParameterRecord
 from asteria.runtime.weights import apply_, gather, normalize_
 from asteria.telemetry.counters import Stats
@@ -83,7 +83,10 @@ class Engine:
         """
         self._steps += 1
         self._collect_verdicts(wait=False)
-        if ready and any(gradient.device.type != "cpu" for gradient in gradients):
+        on_host = all(gradient.is_cpu for gradient in gradients)
+        if on_host and surely_finite(gradients):
+            return True, None
+        if ready and not on_host:
             return True, self._guard.gate(gradients, names)
         names, flags = finite_flags(names, gradients)
         bad = [name for name, ok in zip(names, flags.tolist(), strict=True) if not ok]
@@ -121,7 +124,7 @@ class Engine:
         self, chunk: Chunk, updates: Mapping[ParameterRecord, Update], gate: Tensor | None
     ) -> None:
         rule, stack, hyper = chunk.extent.rule, chunk.extent.stack, chunk.hyper
-        state = stack.window(chunk.start, chunk.stop)
+        state = chunk.state
         shape = (chunk.stop - chunk.start, *chunk.extent.shape.dims)
         first, second = (
             self._scratch.take(name, shape, stack.dtype, stack.device)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from asteria.algorithms.algorithm import Algorithm, BlockShape
+from asteria.algorithms.algorithm import Algorithm, BlockShape, BlockState
 from asteria.errors import ParameterChangedError
 from asteria.store.stack import FieldSpec, Stack
 
@@ -110,6 +110,8 @@ class Extent:
     shape: BlockShape
     stack: Stack
     tiles: list[Tile] = field(default_factory=list)
+    windows: dict[tuple[int, int], BlockState] = field(default_factory=dict)
+    """Views of the stack that the last steps used, by their first and last block."""
 
 
 @dataclass(slots=True, eq=False)

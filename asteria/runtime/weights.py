@@ -17,7 +17,9 @@ __all__ = ["apply_", "gather", "normalize_"]
 
 def _slots(chunk: Chunk, stacked: Tensor, regions: Sequence[Tensor]) -> list[Tensor]:
     """The part of a chunk-shaped tensor that belongs to each tile, viewed as its region."""
-    if len(regions) == len(stacked) and all(r.shape == stacked.shape[1:] for r in regions):
+    blocks, *dims = stacked.shape
+    shape = torch.Size(dims)
+    if len(regions) == blocks and all(region.shape == shape for region in regions):
         return list(stacked.unbind())
     parts = torch.split_with_sizes(stacked, [tile.stop - tile.start for tile in chunk.tiles])
     return [part.view(region.shape) for part, region in zip(parts, regions, strict=True)]
@@ -85,18 +87,45 @@ def apply_(
     groups: dict[tuple[float, float, bool], list[int]] = {}
     for index, tile in enumerate(chunk.tiles):
         update = updates[tile.record]
-        exact = tile.record.dtype == direction.dtype
+        dense = regions[index].is_contiguous() or not direction.is_cpu
+        exact = dense and tile.record.dtype == direction.dtype
         groups.setdefault((update.lr, update.weight_decay, exact), []).append(index)
     for (lr, weight_decay, exact), members in groups.items():
         targets = [regions[index] for index in members]
-        weights = targets if exact else [target.to(direction.dtype) for target in targets]
-        torch._foreach_add_(weights, [changes[index] for index in members], alpha=-lr * scale)
-        if weight_decay > 0:
-            decay = lr * weight_decay
-            torch._foreach_mul_(weights, 1 - decay if gate is None else 1 - gate * decay)
+        weights = targets if exact else [t.to(direction.dtype).contiguous() for t in targets]
+        _descend_(
+            weights, [changes[index] for index in members], lr * scale, lr * weight_decay, gate
+        )
         if not exact:
             for index, target, weight in zip(members, targets, weights, strict=True):
                 _round_into_(target, weight, chunk, chunk.tiles[index])
+
+
+def _descend_(
+    weights: list[Tensor], changes: list[Tensor], rate: float, decay: float, gate: Tensor | None
+) -> None:
+    """w <- (w - rate change) (1 - decay); a closed gate keeps the decay away. Dense on the host."""
+    kept = 1 - decay
+    if gate is not None or weights[0].device.type != "cpu" or rate * kept == 0:
+        torch._foreach_add_(weights, changes, alpha=-rate)
+        if decay != 0:
+            torch._foreach_mul_(weights, kept if gate is None else 1 - gate * decay)
+        return
+    # w - rate' (change + decay' w) is the same, and one pass by PyTorch's fused SGD kernel, which
+    # takes memory as it comes and does not tell autograd.
+    torch._fused_sgd_(
+        weights,
+        changes,
+        [],
+        weight_decay=decay / (rate * kept),
+        momentum=0.0,
+        lr=rate * kept,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+    torch.autograd.graph.increment_version(weights)
 
 
 def _round_into_(target: Tensor, weight: Tensor, chunk: Chunk, tile: Tile) -> None:

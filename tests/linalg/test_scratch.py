@@ -30,6 +30,14 @@ def test_it_grows_to_the_largest_use_and_stays_there() -> None:
         assert scratch.take("a", shape, torch.float32, CPU).data_ptr() == large.data_ptr()
 
 
+def test_a_shape_is_viewed_once_and_anew_after_growth() -> None:
+    scratch = Scratch()
+    view = scratch.take("a", (2, 3), torch.float32, CPU)
+    assert scratch.take("a", (2, 3), torch.float32, CPU) is view
+    larger = scratch.take("a", (4, 3), torch.float32, CPU)
+    assert scratch.take("a", (2, 3), torch.float32, CPU).data_ptr() == larger.data_ptr()
+
+
 def test_names_and_dtypes_have_memory_of_their_own() -> None:
     scratch = Scratch()
     taken = [

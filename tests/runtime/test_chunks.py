@@ -153,3 +153,27 @@ def test_the_cut_does_not_depend_on_other_extents_updates() -> None:
     records, stranger = matrices(3), record(9, 5, 5)
     asked = {one: update() for one in (*records, stranger)}
     assert layout(extent_of(*records), asked) == [(0, 3, [0, 1, 2])]
+
+
+def test_the_state_of_a_chunk_is_viewed_once() -> None:
+    records = matrices(3)
+    extent, asked = extent_of(*records), {one: update() for one in records}
+    first, again = next(chunks(extent, asked)), next(chunks(extent, asked))
+    assert first.state is again.state
+    for name, tensor in extent.stack.fields.items():
+        assert first.state[name].data_ptr() == tensor.data_ptr()
+        assert first.state[name].shape == tensor.shape
+
+
+def test_views_of_ever_new_chunks_do_not_pile_up() -> None:
+    records = matrices(5)
+    extent = extent_of(*records)
+    for start in range(5):
+        for stop in range(start + 1, 6):
+            (chunk,) = chunks(extent, {one: update() for one in records[start:stop]})
+            assert len(chunk.state["exp_avg"]) == stop - start
+            assert (
+                chunk.state["exp_avg"].data_ptr()
+                == extent.stack.fields["exp_avg"][start].data_ptr()
+            )
+    assert len(extent.windows) <= 6

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from asteria.errors import NonFiniteGradientError
-from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error
+from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error, surely_finite
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NAN, INF = float("nan"), float("inf")
@@ -32,6 +32,16 @@ def test_one_bad_number_is_found_wherever_it_is(
     given = gradients([dtype] * 3)
     given[1][place] = bad
     assert verdicts(given) == {0: True, 1: False, 2: True}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_quick_look_misses_nothing(dtype: torch.dtype) -> None:
+    assert surely_finite([*gradients([dtype] * 3), torch.zeros(0, dtype=dtype)])
+    for bad in (NAN, INF, -INF):
+        given = gradients([dtype] * 3)
+        given[1][1, 2] = bad
+        assert not surely_finite(given)
+    assert not surely_finite([torch.tensor([INF, -INF]), torch.tensor([-INF, INF])])
 
 
 def test_nan_is_found_beside_infinity_and_among_large_numbers() -> None:

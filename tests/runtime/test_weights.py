@@ -71,6 +71,20 @@ def test_each_parameter_has_its_learning_rate_and_decay(gate: Tensor | None) -> 
         torch.testing.assert_close(one.parameter.detach(), wanted)
 
 
+@pytest.mark.parametrize(("lr", "decay"), [(-0.1, 0.5), (2.0, 0.5), (3.0, 0.5), (0.0, 0.5)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rates_below_zero_and_decays_of_all_there_is(
+    lr: float, decay: float, transposed: bool
+) -> None:
+    one = record(0, 4, 3)
+    if transposed:
+        one.parameter = torch.zeros(3, 4).mT.requires_grad_()
+    before, direction = fill(one), values(one, 1)
+    one_step(one, direction, lr=lr, weight_decay=decay)
+    wanted = (before - lr * direction) * (1 - lr * decay)
+    torch.testing.assert_close(one.parameter.detach(), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_closed_gate_leaves_every_bit(dtype: torch.dtype) -> None:
     one = record(0, 5, 3, dtype=dtype)
