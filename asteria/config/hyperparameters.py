@@ -13,7 +13,10 @@ import torch
 
 from asteria.errors import ConfigError
 
-__all__ = ["Hyperparameters", "check_group", "check_keys"]
+__all__ = ["FIRST_PERIOD", "Hyperparameters", "check_group", "check_keys"]
+
+FIRST_PERIOD = 10
+"""``precondition_frequency="auto"`` means this many steps until it has become a number."""
 
 # Written into groups by torch, by its schedulers and by training frameworks; not ours to judge.
 _FOREIGN_KEYS = frozenset(
@@ -93,7 +96,11 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "shampoo_beta": (_optional(_is_decay), "None (betas[1]) or a number in [0, 1)"),
     "eps": (_is_non_negative, "a number >= 0"),
     "weight_decay": (_is_non_negative, "a number >= 0"),
-    "precondition_frequency": (_is_count, "an int >= 1 (steps)"),
+    "precondition_frequency": (
+        lambda value: value == "auto" or _is_count(value),
+        'an int >= 1 (steps), or "auto"',
+    ),
+    "young_stride": (_is_count, "an int >= 1 (young refreshes)"),
     "max_precond_dim": (_is_count, "an int >= 1"),
     "merge_dims": _FLAG,
     "precondition_1d": _FLAG,
@@ -163,18 +170,22 @@ class Hyperparameters:
     init_factor: float | None = None
     damp_factors: bool = False
     max_inverse_root: float | None = None
+    young_stride: int = 1
+    """Of the early refreshes of ``start="fresh"`` every n-th takes place."""
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
         """Read them from a parameter group, as it is at this step."""
         beta1, beta2 = map(float, group["betas"])
         shampoo_beta = group["shampoo_beta"]
+        period = group["precondition_frequency"]
         return cls(
             beta1=beta1,
             beta2=beta2,
             shampoo_beta=beta2 if shampoo_beta is None else shampoo_beta,
             eps=group["eps"],
-            precondition_frequency=group["precondition_frequency"],
+            precondition_frequency=FIRST_PERIOD if period == "auto" else period,
+            young_stride=group.get("young_stride", 1),
             normalize_grads=group["normalize_grads"],
             correct_bias=group.get("correct_bias", True),
             maximize=group["maximize"],

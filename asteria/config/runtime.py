@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -24,10 +25,10 @@ _UNITS = {
 
 # Every value that a field may take once everything is built, and those that are built today.
 _CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
-    "refresh": (("async", "sync"), ("sync",)),
+    "refresh": (("async", "sync"), ("async", "sync")),
     "refresh_method": (("eigh", "qr", "ldlr", "auto"), ("eigh", "qr", "auto")),
-    "refresh_on": (("host", "device", "auto"), ("auto",)),
-    "install": (("scheduled", "ready"), ("scheduled",)),
+    "refresh_on": (("host", "device", "auto"), ("host", "auto")),
+    "install": (("scheduled", "ready"), ("scheduled", "ready")),
     "start": (get_args(Start), get_args(Start)),
     "state_dtype": ((torch.float32, torch.bfloat16), (torch.float32,)),
     "nonfinite": (get_args(Nonfinite), get_args(Nonfinite)),
@@ -35,12 +36,10 @@ _CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
 }
 # Fields whose only built value is None.
 _LATER = (
-    "workers",
     "device_budget",
     "host_budget",
     "nvme_budget",
     "nvme_path",
-    "trace",
     "process_group",
     "node_size",
 )
@@ -74,16 +73,24 @@ class RuntimeConfig:
     A value that this version does not support raises ConfigError at once.
     """
 
-    refresh: Literal["async", "sync"] = "sync"
-    """`"sync"`: inside the step. `"async"` (host threads) is not available in this version."""
+    refresh: Literal["async", "sync"] = "async"
+    """`"async"`: by host threads, beside the training. `"sync"`: inside the step."""
     refresh_method: Literal["eigh", "qr", "ldlr", "auto"] = "auto"
     """`"qr"`: one warm-started orthogonal iteration; `"eigh"`: exact, in float64; `"auto"`: qr."""
     refresh_on: Literal["host", "device", "auto"] = "auto"
-    """`"auto"`: where the parameter is. `"host"`, `"device"` are not available in this version."""
+    """Where refreshes are computed that the step waits for, which are the synchronous and the first
+    and young ones: `"host"`, or `"auto"`: where the parameter is. Asynchronous ones are computed
+    on the host. `"device"` is not available in this version.
+    """
     staleness: int = 2
-    """Steps between launch and install of an asynchronous refresh; a synchronous one has none."""
+    """S, in steps: an asynchronous refresh from the factors of step t is first used by step
+    t + S + 1 at the latest; the step waits for it if need be. A synchronous one is first used by
+    step t + 1, and so is an asynchronous one with S = 0.
+    """
     install: Literal["scheduled", "ready"] = "scheduled"
-    """`"scheduled"`: exactly at the bound. `"ready"` is not available in this version."""
+    """`"scheduled"`: exactly S steps after the launch, so that results do not depend on the host's
+    speed. `"ready"`: at the first step after it is done, at the latest then.
+    """
     start: Start = "fresh"
     """How the bases begin.
 
@@ -93,7 +100,11 @@ class RuntimeConfig:
     implementations do. `"adam"`: identity bases until the first refresh.
     """
     workers: int | None = None
-    """Host threads for asynchronous refreshes: not available in this version."""
+    """Host threads for asynchronous refreshes; None takes the cores that training leaves free, at
+    least one. Results depend on it only by the rounding of products over several threads.
+    """
+    max_failures: int = 10
+    """Refreshes of one block that may fail in a row before step() raises RefreshError."""
     device_budget: int | str | None = None
     """Bytes of state on the device: not available in this version (all of it is there)."""
     host_budget: int | str | None = None
@@ -106,8 +117,10 @@ class RuntimeConfig:
     """Storage type of the eigenbases (float64 for float64 parameters whatever is set here)."""
     nonfinite: Nonfinite = "raise"
     """A gradient with inf or nan: `"raise"`, or `"skip"` the step and count it."""
-    trace: str | None = None
-    """Path of a Chrome/Perfetto trace: not available in this version."""
+    trace: str | os.PathLike[str] | None = None
+    """Path of a trace of steps, installs, waits and workers, for ui.perfetto.dev or
+    chrome://tracing.
+    """
     shards: Literal["exact", "local"] = "exact"
     """Rule for sharded parameters, which this version refuses."""
     process_group: Any = None
@@ -127,10 +140,22 @@ class RuntimeConfig:
                     f"RuntimeConfig.{name}={value!r} is not available in this version: "
                     f"use {options}"
                 )
-        count = isinstance(self.staleness, int) and not isinstance(self.staleness, bool)
-        if not count or self.staleness < 0:
+        for name, least, unit in (
+            ("staleness", 0, "steps"),
+            ("workers", 1, "threads"),
+            ("max_failures", 1, "refreshes"),
+        ):
+            value = getattr(self, name)
+            if value is None and name == "workers":
+                continue
+            count = isinstance(value, int) and not isinstance(value, bool)
+            if not count or value < least:
+                raise ConfigError(
+                    f"RuntimeConfig.{name} must be an int >= {least} ({unit}), found {value!r}"
+                )
+        if not isinstance(self.trace, str | os.PathLike | None):
             raise ConfigError(
-                f"RuntimeConfig.staleness must be an int >= 0 (steps), found {self.staleness!r}"
+                f"RuntimeConfig.trace must be the path of a file, found {self.trace!r}"
             )
         for name in ("device_budget", "host_budget", "nvme_budget"):
             if getattr(self, name) is not None:

@@ -25,7 +25,7 @@ class _KullbackLeibler(SecondOrderOptimizer):
         shampoo_beta: float | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        precondition_frequency: int = 10,
+        precondition_frequency: int | Literal["auto"] = 10,
         max_precond_dim: int = 10000,
         normalize_grads: bool = False,
         *,
@@ -72,7 +72,8 @@ class KLShampoo(_KullbackLeibler):
         shampoo_beta: decay of the Kronecker factors; None takes ``betas[1]``.
         eps: added to the inverse of the preconditioner's eigenvalues.
         weight_decay: decoupled; applied after the update.
-        precondition_frequency: steps between refreshes of the eigenbases. Their eigenvalues are
+        precondition_frequency: steps between refreshes of the eigenbases; ``"auto"``: as few as the
+            host sustains, from what the first steps have cost. Their eigenvalues are
             updated at every step.
         max_precond_dim: a dim above it has no eigenbasis; its eigenvalues act by index.
         normalize_grads: scale every update to a root mean square of 1.

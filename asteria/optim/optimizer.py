@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -13,10 +14,10 @@ from asteria.algorithms.algorithm import Algorithm
 from asteria.config.hyperparameters import Hyperparameters, check_group, check_keys
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError
-from asteria.optim.checks import check_dtype, check_gradient, check_parameter, group_problems
+from asteria.optim.checks import check_dtype, check_gradient, check_parameter
 from asteria.optim.description import Description, describe_parameter
-from asteria.optim.routing import route
-from asteria.runtime.admission import check_saved
+from asteria.optim.loading import Named, loaded_groups, match_state, sizes
+from asteria.optim.routing import check_route, route, routing_options
 from asteria.runtime.chunks import Update
 from asteria.runtime.engine import Engine
 from asteria.runtime.records import ParameterRecord
@@ -25,6 +26,7 @@ from asteria.telemetry.counters import Stats
 __all__ = ["Parameters", "SecondOrderOptimizer"]
 
 Parameters: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Self = TypeVar("Self", bound="SecondOrderOptimizer")
 
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
@@ -58,7 +60,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         # The published code knows no stacks of matrices, so the control arm guesses none.
         control = replace(runtime, nonfinite="raise") == RuntimeConfig.reference()
         batch_dims = 0 if control else None
-        super().__init__(given, {**defaults, "batch_dims": batch_dims})
+        super().__init__(given, {**defaults, "batch_dims": batch_dims, "young_stride": 1})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own; raises ConfigError for what cannot be used."""
@@ -82,7 +84,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             param_group["params"] = entries
         super().add_param_group(param_group)  # which refuses what is no leaf tensor
 
-    def _named(self) -> Iterator[tuple[int, str, Tensor, dict[str, Any]]]:
+    def _named(self) -> Iterator[Named]:
         """(index, name, parameter, group) of all parameters, in order."""
         index = 0
         for number, group in enumerate(self.param_groups):
@@ -102,9 +104,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update all parameters that have a gradient.
 
-        Never waits for the device, but where the first eigenbases of a parameter are computed.
-        Raises NonFiniteGradientError, GradientError (a sparse gradient) or ParameterChangedError;
-        weights and state are then as they were.
+        Waits for the device where first eigenbases are computed only. Raises GradientError (a
+        sparse or non-finite gradient), ParameterChangedError, ConfigError, RefreshError or what a
+        worker raised; weights and state are then as they were.
         """
         loss = None
         if closure is not None:
@@ -115,10 +117,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self._step_parameters(present)
         return loss
 
-    def _step_parameters(self, present: list[tuple[int, str, Tensor, dict[str, Any]]]) -> None:
+    def _step_parameters(self, present: list[Named]) -> None:
         self._forget_replaced_state()
+        self._engine.begin_step(self.param_groups)
         updates: dict[ParameterRecord, Update] = {}
-        by_group: dict[int, Update] = {}
+        by_group: dict[int, tuple[Update, tuple[object, ...]]] = {}
         fresh: dict[Tensor, ParameterRecord] = {}
         for index, name, parameter, group in present:
             record = self._records.get(parameter) or fresh.get(parameter)
@@ -127,14 +130,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 fresh[parameter] = record
             record.check_unchanged()
             check_gradient(name, parameter)
-            update = by_group.get(id(group))
-            if update is None:
+            if id(group) not in by_group:
                 check_group(group, name, scheduled=True)
-                update = Update(
-                    Hyperparameters.of(group), float(group["lr"]), group["weight_decay"]
-                )
-                by_group[id(group)] = update
-            updates[record] = update
+                hyper, lr = Hyperparameters.of(group), float(group["lr"])
+                update = Update(hyper, lr, group["weight_decay"])
+                by_group[id(group)] = update, routing_options(group)
+            updates[record], options = by_group[id(group)]
+            if options != record.options:
+                check_route(name, record.options, options)
         steps, gate = self._engine.accepts(
             [record.name for record in updates],
             [gradient for record in updates if (gradient := record.parameter.grad) is not None],
@@ -162,15 +165,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self, index: int, name: str, parameter: Tensor, group: Mapping[str, Any]
     ) -> ParameterRecord:
         check_dtype(name, parameter)
-        return ParameterRecord(
-            parameter=parameter,
-            name=name,
-            index=index,
-            route=route(parameter.shape, group, self.rule, name),
-            shape=parameter.shape,
-            dtype=parameter.dtype,
-            device=parameter.device,
-        )
+        way = route(parameter.shape, group, self.rule, name)
+        options = routing_options(group)
+        return ParameterRecord.of(parameter, name, index, route=way, options=options)
 
     def _admit(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:
         """Make state for new records, of the saved values where there are any."""
@@ -184,24 +181,44 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
         A table under ``str()``, typed rows under ``.rows``. Needs no gradient.
         """
-        rows = []
-        for _, name, parameter, group in self._named():
-            record = self._records.get(parameter)
-            way = record.route if record else route(parameter.shape, group, self.rule, name)
-            rows.append(describe_parameter(name, parameter, way))
-        return Description(tuple(rows))
+        records = self._records
+        ways = (
+            (name, p, records[p].route if p in records else route(p.shape, group, self.rule, name))
+            for _, name, p, group in self._named()
+        )
+        return Description(tuple(describe_parameter(*way) for way in ways))
 
     def stats(self) -> Stats:
-        """Counters since this optimizer was made; waits for the device."""
+        """What was done since this optimizer was made; waits for the device."""
         return self._engine.stats()
 
     def state_dict(self) -> dict[str, Any]:
         """State and groups in torch's format: flat tensors keyed by parameter, and plain values.
 
-        Waits for the device. Raises NonFiniteGradientError if it has refused a step.
+        Waits for the device and for refreshes in flight, which are part of it. Raises
+        NonFiniteGradientError if the device has refused a step.
         """
         self._engine.settle()
-        return super().state_dict()
+        self._forget_replaced_state()
+
+        def add_shadows(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+            for record in self._records.values():
+                if shadows := self._engine.shadows(record):
+                    packed["state"][record.index] = {**packed["state"][record.index], **shadows}
+
+        with ExitStack() as hooks:
+            hooks.callback(self.register_state_dict_post_hook(add_shadows, prepend=True).remove)
+            return super().state_dict()
+
+    def close(self) -> None:
+        """Stop the worker threads, within half a second; a later step would start them again."""
+        self._engine.close()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; dtypes of the state stay as they are.
@@ -213,42 +230,21 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
         def take_state(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             # torch would cast every floating-point state tensor to its parameter's dtype.
-            if not loaded.keys() >= {"state", "param_groups"}:
-                check_saved({}, [f"found keys {sorted(loaded)}, needs state and param_groups"])
-            groups = [{**self.defaults, **group} for group in loaded["param_groups"]]
-            sizes = [len(group["params"]) for group in groups]
-            if sizes == [len(group["params"]) for group in self.param_groups]:  # torch refuses else
-                records.update(self._match(loaded["state"], groups))
+            groups = loaded_groups(loaded, self.defaults)
+            if sizes(groups) == sizes(self.param_groups):  # torch refuses else
+                matched = match_state(
+                    loaded["state"], groups, self.defaults, self._named(), self._make_record
+                )
+                records.update(matched)
             return {**loaded, "state": {}, "param_groups": groups}
 
         def put_state(_: torch.optim.Optimizer) -> None:
             self._restore(records)
 
-        handles = [
-            self.register_load_state_dict_pre_hook(take_state),
-            self.register_load_state_dict_post_hook(put_state, prepend=True),
-        ]
-        try:
+        with ExitStack() as hooks:
+            hooks.callback(self.register_load_state_dict_pre_hook(take_state).remove)
+            hooks.callback(self.register_load_state_dict_post_hook(put_state, prepend=True).remove)
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _match(
-        self, state: Mapping[Any, Mapping[str, Tensor]], groups: list[dict[str, Any]]
-    ) -> dict[ParameterRecord, Mapping[str, Tensor]]:
-        """Records for the loaded state, checked as a whole against the parameters."""
-        options = group_problems(groups, self.defaults)
-        keys = [(key, group) for group in groups for key in group["params"]]
-        matched = {
-            self._make_record(index, name, parameter, group): state[key]
-            for (index, name, parameter, _), (key, group) in zip(self._named(), keys, strict=True)
-            if state.get(key) and not options
-        }
-        nobodys = sorted(state.keys() - {key for key, _ in keys}, key=str)
-        problems = [f"state of a parameter {key!r} that no group has" for key in nobodys]
-        check_saved(matched, [*options, *problems])
-        return matched
 
     def _restore(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:
         """Make ``saved`` the state of this optimizer, in memory of its own."""
@@ -259,12 +255,18 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and copying keep: the state, and how the work is done."""
         self._engine.settle()
-        return {**super().__getstate__(), "_runtime": self._runtime}
+        self._forget_replaced_state()
+        state = {p: {**entries} for p, entries in self.state.items()}
+        for record in self._records.values():
+            state[record.parameter].update(self._engine.shadows(record))
+        return {**super().__getstate__(), "state": state, "_runtime": self._runtime}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take pickled state, or what torch's load_state_dict hands over."""
         super().__setstate__(state)
         if "_engine" not in self.__dict__:
+            # Two optimizers cannot write one trace.
+            self._runtime = replace(self._runtime, trace=None)
             self._engine = Engine(self._runtime)
             self._records = {}
             entries = self.state

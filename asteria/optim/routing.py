@@ -17,13 +17,37 @@ from asteria.linalg.partition import cut, merge
 from asteria.runtime.chunks import CHUNK_BYTES
 from asteria.runtime.records import Route, TilePlan
 
-__all__ = ["route"]
+__all__ = ["check_route", "route", "routing_options"]
 
 _ADAMW = AdamW()
+_OPTIONS = (
+    "max_precond_dim",
+    "large_dims",
+    "merge_dims",
+    "precondition_1d",
+    "data_format",
+    "batch_dims",
+)
 _ELEMENT_BYTES = 8
 """Of the widest state there is, so that tiles do not depend on the dtype."""
 _STACK_DIM = 32
 """A rank-3 parameter is a stack of matrices if its last two dims are at least this."""
+
+
+def routing_options(group: Mapping[str, Any]) -> tuple[object, ...]:
+    """The options of a group that decide on the blocks of its parameters."""
+    return tuple(group.get(option) for option in _OPTIONS)
+
+
+def check_route(name: str, before: tuple[object, ...], now: tuple[object, ...]) -> None:
+    """Raise ConfigError if `routing_options` have changed since the parameter's state was made."""
+    for option, made_for, found in zip(_OPTIONS, before, now, strict=True):
+        if made_for != found:
+            raise ConfigError(
+                f"{name}: its state was made for {option}={made_for!r}, now its group says "
+                f"{found!r}; nothing was changed. Set it back, or start the parameter afresh with "
+                "`del optimizer.state[parameter]`"
+            )
 
 
 def route(shape: torch.Size, group: Mapping[str, Any], rule: Algorithm, name: str) -> Route:

@@ -26,7 +26,8 @@ class SOAP(SecondOrderOptimizer):
         shampoo_beta: decay of the Kronecker factors; None takes ``betas[1]``.
         eps: added to the root of the second moment.
         weight_decay: decoupled; applied after the update.
-        precondition_frequency: steps between refreshes of the eigenbases.
+        precondition_frequency: steps between refreshes of the eigenbases; ``"auto"``: as few as the
+            host sustains, from what the first steps have cost.
         max_precond_dim: dims above it get no factor of their own (see ``large_dims``).
         merge_dims: merge neighbouring dims while their product is at most ``max_precond_dim``.
         precondition_1d: give vectors a factor instead of the AdamW rule.
@@ -58,7 +59,7 @@ class SOAP(SecondOrderOptimizer):
         shampoo_beta: float | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        precondition_frequency: int = 10,
+        precondition_frequency: int | Literal["auto"] = 10,
         max_precond_dim: int = 10000,
         merge_dims: bool = False,
         precondition_1d: bool = False,

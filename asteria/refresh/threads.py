@@ -14,14 +14,15 @@ import torch
 
 from asteria.errors import ConfigError
 
-__all__ = ["free_cores", "limit_math_threads", "lower_priority"]
+__all__ = ["free_cores", "limit_math_threads", "lower_priority", "pause_ended_threads"]
 
 _LIBRARIES = {
     "darwin": ("libtorch_cpu.dylib",),
     "win32": ("torch_cpu.dll", "libiomp5md.dll"),
 }
-_POLITENESS = 10
-"""Added to the nice value: a tenth of the weight that a thread at 0 has in Linux' scheduler."""
+_POLITENESS = 5
+"""Added to the nice value: a third of the weight that a thread at 0 has in Linux' scheduler. More
+would let a step that waits for a worker wait for all other processes."""
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
 
@@ -83,7 +84,7 @@ def _torch_libraries() -> Iterator[ctypes.CDLL]:
 def lower_priority() -> bool:
     """The calling thread gives way to the process's main thread when cores are busy.
 
-    Its nice value becomes the main thread's plus 10, and threads that it starts from now on
+    Its nice value becomes the main thread's plus 5, and threads that it starts from now on
     inherit that: call it before the first operation, so that the calling thread's OpenMP threads
     do. Calling again changes nothing. Linux only; returns whether the priority was lowered, and
     never raises. There is no way back without privileges.
@@ -104,13 +105,33 @@ def lower_priority() -> bool:
     return True
 
 
+def pause_ended_threads() -> None:
+    """Let a thread that comes back from C++ to an ending interpreter sleep, not abort the process.
+
+    Before Python 3.14 such a thread is ended by unwinding its stack; a C++ frame that must not be
+    unwound, as those of torch's operations are, calls std::terminate. Only for the very end of a
+    process: from then on a C++ error hangs the thread it happens in. Linux only.
+    """
+    if sys.platform != "linux" or sys.version_info >= (3, 14):
+        return
+    try:
+        set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
+        set_terminate(ctypes.cast(ctypes.CDLL(None).pause, ctypes.c_void_p))
+    except (OSError, AttributeError):
+        # Another C++ library: the process may end with an abort, after all was done.
+        return
+
+
 def free_cores(training_threads: int) -> int:
     """Logical cores that ``training_threads`` threads leave over, at least 1. Any thread.
 
     Counted are the cores this process may keep busy, by its affinity and by the CPU quota of its
-    container; a quota that is not a whole number is rounded down.
+    container; a quota that is not a whole number is rounded down. Processes that torchrun has
+    started on this machine (LOCAL_WORLD_SIZE) share them.
     """
-    return max(_usable_cores() - training_threads, 1)
+    sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    processes = int(sharing) if sharing.isdecimal() and int(sharing) > 0 else 1
+    return max(_usable_cores() // processes - training_threads, 1)
 
 
 def _usable_cores() -> int:

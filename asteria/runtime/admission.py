@@ -17,9 +17,14 @@ from asteria.runtime.records import (
     TilePlan,
     state_dtype,
 )
+from asteria.runtime.shadows import shadow_shapes
 from asteria.store.stack import Stack
 
 __all__ = ["admit", "check_saved", "discard"]
+
+_COUNTERS = ("step", "version", "lands")
+_MOST_STEPS = 2**24
+"""Above it float32, the dtype of torch's step counters, does not count."""
 
 
 def check_saved(
@@ -39,7 +44,7 @@ def check_saved(
 
 
 def _complaints(record: ParameterRecord, saved: Mapping[str, object]) -> Iterator[str]:
-    wanted = {"step": (), **record.route.entry_shapes(record.shape)}
+    wanted = record.route.entry_shapes(record.shape) | shadow_shapes(record.route, saved)
     for key in sorted(wanted.keys() | saved.keys()):
         if key not in saved:
             yield f"{record.name}: {key} is missing"
@@ -50,6 +55,10 @@ def _complaints(record: ParameterRecord, saved: Mapping[str, object]) -> Iterato
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
             if shape != wanted[key]:
                 yield f"{record.name}: {key} has shape {shape}, needs {wanted[key]}"
+            elif key.endswith(_COUNTERS):
+                counts = torch.as_tensor(value)
+                if not bool(((counts >= 0) & (counts < _MOST_STEPS)).all()):
+                    yield f"{record.name}: {key} is {counts.tolist()}, needs counts of steps"
 
 
 def admit(
@@ -71,7 +80,13 @@ def admit(
     check_saved(saved)
     arrivals: dict[ExtentKey, list[tuple[ParameterRecord, TilePlan]]] = {}
     for record in records:
-        record.entries = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+        shapes = record.route.entry_shapes(record.shape)
+        record.entries = {
+            key: torch.zeros(shapes[key], dtype=torch.float32, device="cpu")
+            for key in ("step", "version")
+            if key in shapes
+        }
+        record.versions = [0] * len(record.route.tiles)
         for plan in record.route.tiles:
             key = ExtentKey(
                 record.route.rule, plan.shape, state_dtype(record.parameter), record.device
@@ -84,6 +99,8 @@ def admit(
             for key_name, entry in record.entries.items():
                 entry.copy_(torch.as_tensor(saved[record][key_name]))
             record.steps = int(record.entries["step"])
+            if record.route.rule.has_bases:
+                record.versions = [int(version) for version in record.entries["version"].tolist()]
             record.begun = True
 
 
@@ -131,4 +148,4 @@ def _show(record: ParameterRecord, extent: Extent, tiles: list[Tile]) -> None:
     suffix = next(suffix for suffix, shape, _ in record.route.extents() if shape == extent.shape)
     for name, view in extent.stack.window(tiles[0].start, tiles[-1].stop).items():
         record.entries[name + suffix] = view.view(shapes[name + suffix])
-    record.shown = tuple(record.entries.values())
+    record.shown = tuple((key, record.entries[key]) for key in shapes if key in record.entries)

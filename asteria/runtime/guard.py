@@ -23,15 +23,16 @@ __all__ = ["DeviceGuard", "finite_flags", "nonfinite_error", "surely_finite"]
 def surely_finite(gradients: list[Tensor]) -> bool:
     """A quick look at gradients on the host; False asks for `finite_flags`.
 
-    Their norms come ten times faster than their maxima; but a norm may overflow where every
-    element is finite.
+    Norms in float16 may overflow where those in the dtype of the state do not.
     """
     return math.isfinite(sum(float(norm) for norm in torch._foreach_norm(gradients, 2)))
 
 
 def finite_flags(names: Sequence[str], gradients: Sequence[Tensor]) -> tuple[list[str], Tensor]:
-    """Whether each gradient is free of inf and nan: names, and (len(names),) bool.
+    """Whether each gradient can be used: names, and (len(names),) bool.
 
+    It can if the sum of its squares is finite in the dtype of the state: an inf or nan, or an
+    element whose square overflows, would stay in the second moment and the factors for good.
     The names come in the order of the flags; empty gradients are left out. The flags are on the
     first gradient's device; nothing waits for it.
     """
@@ -50,16 +51,17 @@ def finite_flags(names: Sequence[str], gradients: Sequence[Tensor]) -> tuple[lis
 
 def _are_finite(gradients: list[Tensor]) -> Tensor:
     """(len,) bool for gradients of one device and dtype."""
-    return torch.stack(list(torch._foreach_norm(gradients, float("inf")))).isfinite()
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    return torch.stack(list(torch._foreach_norm(gradients, 2, dtype=dtype))).isfinite()
 
 
 def nonfinite_error(names: Sequence[str]) -> NonFiniteGradientError:
     """The error for gradients of these names."""
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return NonFiniteGradientError(
-        f"the gradient of {shown} holds inf or nan; weights and optimizer state were left as they "
-        "were. Find its cause (loss scale, learning rate, data), skip such steps with "
-        'RuntimeConfig(nonfinite="skip"), or let a GradScaler decide'
+        f"the gradient of {shown} holds inf or nan, or is too large to be squared; weights and "
+        "optimizer state were left as they were. Find its cause (loss scale, learning rate, data), "
+        'skip such steps with RuntimeConfig(nonfinite="skip"), or let a GradScaler decide'
     )
 
 

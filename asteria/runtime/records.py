@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -36,6 +35,11 @@ class TilePlan:
     ordinal: int = 0
     """Position among the parameter's tiles."""
 
+    @property
+    def refresh_cost(self) -> float:
+        """Of all its blocks and modes, in units of an element of a matrix product."""
+        return float(self.blocks * sum(size**3 for size in self.shape.factor_sizes()))
+
     def region(self, tensor: Tensor) -> Tensor:
         """The view of a parameter-shaped tensor that this tile is made of."""
         view = tensor[self.slices] if self.slices else tensor
@@ -59,8 +63,10 @@ class Route:
             yield ("" if len(shapes) == 1 else f".{index}"), shape, blocks
 
     def entry_shapes(self, parameter_shape: torch.Size) -> dict[str, tuple[int, ...]]:
-        """Key and shape of every state tensor but ``step``."""
-        shapes: dict[str, tuple[int, ...]] = {}
+        """Key and shape of every state tensor; ``step`` and ``version`` count on the host."""
+        shapes: dict[str, tuple[int, ...]] = {"step": ()}
+        if self.rule.has_bases:
+            shapes["version"] = (len(self.tiles),)
         for suffix, block, blocks in self.extents():
             for spec in self.rule.fields(block):
                 shapes[spec.name + suffix] = self._shown_shape(spec, block, blocks, parameter_shape)
@@ -130,18 +136,50 @@ class ParameterRecord:
     """Updates of the moments so far."""
     begun: bool = False
     """Whether the first gradient has been seen."""
+    versions: list[int] = field(default_factory=list)
+    """Of each tile: the step whose factors its eigenbases were computed from."""
     entries: dict[str, Tensor] = field(default_factory=dict)
-    """The state as the optimizer shows it: views of the stacks, and ``step`` on the host."""
+    """The state as the optimizer shows it: views of the stacks, and counters on the host."""
 
-    shown: tuple[Tensor, ...] = ()
-    """The tensors in ``entries``, to see whether anybody replaces one."""
+    shown: tuple[tuple[str, Tensor], ...] = ()
+    """What was put into ``entries``, to see whether anybody replaces it."""
+    options: tuple[object, ...] = ()
+    """Of the group, as far as the route depends on them."""
+
+    @classmethod
+    def of(
+        cls,
+        parameter: Tensor,
+        name: str,
+        index: int,
+        *,
+        route: Route,
+        options: tuple[object, ...] = (),
+    ) -> ParameterRecord:
+        """A record of the parameter as it is now, which has no state yet."""
+        return cls(
+            parameter=parameter,
+            name=name,
+            index=index,
+            route=route,
+            shape=parameter.shape,
+            dtype=parameter.dtype,
+            device=parameter.device,
+            options=options,
+        )
+
+    def set_version(self, ordinal: int, version: int) -> None:
+        """The bases of a tile are of this step's factors from now on."""
+        self.versions[ordinal] = version
+        self.entries["version"][ordinal] = version
 
     def shows(self, entries: Mapping[str, Tensor] | None) -> bool:
-        """Whether ``entries`` is this record's state, with every tensor as it was put there."""
-        return (
-            entries is self.entries
-            and len(entries) == len(self.shown)
-            and all(map(operator.is_, entries.values(), self.shown))
+        """Whether ``entries`` is this record's state, with every tensor as it was put there.
+
+        Others may keep tensors of their own beside ours.
+        """
+        return entries is self.entries and all(
+            entries.get(key) is tensor for key, tensor in self.shown
         )
 
     def check_unchanged(self) -> None:

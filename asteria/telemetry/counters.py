@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-__all__ = ["Stats"]
+__all__ = ["Counters", "Stats"]
+
+
+@dataclass(slots=True)
+class Counters:
+    """What is counted while an optimizer works. For the training thread."""
+
+    steps: int = 0
+    skipped_steps: int = 0
+    refreshes: int = 0
+    installs: int = 0
+    retried_refreshes: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    staleness: dict[str, Counter[int]] = field(default_factory=dict)
+    young_steps: set[int] = field(default_factory=set)
+    """Calls of step() that refreshed at once because factors were young."""
+    update_s: float = 0.0
+    refresh_s: float = 0.0
+    install_s: float = 0.0
+    worker_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,5 +38,40 @@ class Stats:
     """Steps that changed nothing because a gradient was not finite."""
     refreshes: int
     """Eigenbases computed, the first ones included."""
+    installs: int
+    """Eigenbases that came into use."""
     failed_refreshes: int
-    """Eigenbases that were not finite or not orthogonal; the one in use was kept."""
+    """Eigenbases that could not be computed or were not orthogonal; the one in use was kept."""
+    failures: Mapping[str, int]
+    """The same by reason."""
+    retried_refreshes: int
+    """Eigenbases that failed in float32 and succeeded in float64."""
+    worker_deaths: int
+    """Worker threads that ended in the middle of a refresh, which another one then repeats."""
+    in_flight: int
+    """Refreshes that are launched and not installed."""
+    staleness: Mapping[str, Mapping[int, int]]
+    """For each block shape: age of the basis in use in steps -> updates that used it so.
+
+    A basis computed after update t is of age 1 in update t + 1."""
+    waits: int
+    """Times that step() waited for a result at the staleness bound."""
+    wait_s: float
+    """Seconds of these waits."""
+    update_s: float
+    """Seconds of step() spent on moments, weights and factors."""
+    refresh_s: float
+    """Seconds of step() spent on refreshes that cannot wait: first, young and synchronous ones."""
+    install_s: float
+    """Seconds of step() spent on making new bases live."""
+    worker_s: float
+    """Seconds that worker threads spent on refreshes that were installed."""
+    host_utilization: float
+    """The same as a share of the workers' time since the first launch."""
+    young_rounds: int
+    """Steps whose refreshes were computed at once because the factors were young."""
+
+    @property
+    def visible_s(self) -> float:
+        """Seconds that step() took in all."""
+        return self.update_s + self.refresh_s + self.install_s + self.wait_s

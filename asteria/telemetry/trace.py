@@ -15,6 +15,11 @@ from pathlib import Path
 
 from asteria.errors import ConfigError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["Trace"]
 
 _BATCH = 256
@@ -79,8 +84,17 @@ class _Writer:
         self._file: FileIO | None = None
         try:
             # Unbuffered: a fork must not find half a batch, which the child would write once more.
-            self._file = FileIO(path, "w")
+            self._file = FileIO(path, "a")
+            _claim(self._file)
+            self._file.truncate(0)
             self._append(f"[\n{_metadata(self._process, 0, 'process_name', name='asteria')}")
+        except BlockingIOError:
+            if self._file is not None:
+                self._file.close()
+            raise ConfigError(
+                f"a trace was asked for in {str(path)!r}, which another optimizer or process is "
+                "writing: give each a path of its own"
+            ) from None
         except OSError as error:
             if self._file is not None:
                 self._file.close()
@@ -192,3 +206,9 @@ def _json(value: object) -> str:
                 for key, one in value.items()
             }
         return _STRICT.encode(value)
+
+
+def _claim(file: FileIO) -> None:
+    """Lock the file for as long as it is open; raises BlockingIOError if somebody else has it."""
+    if fcntl is not None:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,6 +9,8 @@ from tests.architecture.sources import Source, parse, sources
 
 BANNED_NAMES = {"utils", "util", "common", "misc", "base", "manager", "helpers"}
 BROAD = {"Exception", "BaseException"}
+BOUNDARIES = {"asteria/refresh/job.py", "asteria/refresh/pool.py"}
+"""Where a worker thread ends: whatever happened there is kept for the thread that asked for it."""
 
 Rule = Callable[[Source], list[str]]
 
@@ -31,12 +33,20 @@ def _names(node: ast.expr | None) -> set[str]:
     return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} if node else set()
 
 
+def _raises_again(handler: ast.ExceptHandler) -> bool:
+    last = handler.body[-1]
+    return isinstance(last, ast.Raise) and last.exc is None
+
+
 def broad_excepts(source: Source) -> list[str]:
-    """Handlers, or ``suppress``, of everything."""
+    """Handlers, or ``suppress``, of everything, unless it is raised again."""
+    if source.path in BOUNDARIES:
+        return []
     found = []
     for node in ast.walk(source.tree):
         if isinstance(node, ast.ExceptHandler):
-            if node.type is None or _names(node.type) & BROAD:
+            everything = node.type is None or _names(node.type) & BROAD
+            if everything and not _raises_again(node):
                 found.append(source.at(node))
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
             if any(_names(argument) & BROAD for argument in node.args):
@@ -76,6 +86,8 @@ def test_the_package_keeps_the_rule(reason: str, rule: Rule) -> None:
         (broad_excepts, "try:\n    f()\nexcept:\n    pass\n", 1),
         (broad_excepts, "try:\n    f()\nexcept (ValueError, Exception):\n    pass\n", 1),
         (broad_excepts, "try:\n    f()\nexcept ValueError:\n    pass\n", 0),
+        (broad_excepts, "try:\n    f()\nexcept Exception:\n    g()\n    raise\n", 0),
+        (broad_excepts, "try:\n    f()\nexcept Exception as e:\n    raise X from e\n", 1),
         (broad_excepts, "with contextlib.suppress(BaseException):\n    f()\n", 1),
         (broad_excepts, "with suppress(KeyError):\n    f()\n", 0),
         (global_statements, "def f():\n    global x\n    x = 1\n", 1),

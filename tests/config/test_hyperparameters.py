@@ -52,6 +52,7 @@ VALID: dict[str, list[Any]] = {
     "damp_factors": [True, False],
     "max_inverse_root": [None, 4000, 0.5],
     "batch_dims": [None, 0, 1, 3],
+    "young_stride": [1, 3],
 }
 
 _NUMBERS = [-1, -0.1, math.inf, math.nan, "1", None, True]
@@ -87,6 +88,7 @@ INVALID: dict[str, list[Any]] = {
     "damp_factors": _FLAGS,
     "max_inverse_root": [0, -4, math.nan, "x", True],
     "batch_dims": [-1, 1.0, "1", True],
+    "young_stride": [0, 1.0, "1", True, None],
 }
 
 FOREIGN = [
@@ -231,6 +233,7 @@ def test_the_record_of_a_group() -> None:
         "init_factor": None,
         "damp_factors": False,
         "max_inverse_root": None,
+        "young_stride": 1,
     }
 
 

@@ -12,13 +12,14 @@ import asteria
 from asteria.config.runtime import RuntimeConfig, parse_bytes
 
 DEFAULTS: dict[str, Any] = {
-    "refresh": "sync",
+    "refresh": "async",
     "refresh_method": "auto",
     "refresh_on": "auto",
     "staleness": 2,
     "install": "scheduled",
     "start": "fresh",
     "workers": None,
+    "max_failures": 10,
     "device_budget": None,
     "host_budget": None,
     "nvme_budget": None,
@@ -33,10 +34,10 @@ DEFAULTS: dict[str, Any] = {
 
 # Field -> (values that work, values that will work one day).
 CHOICES: dict[str, tuple[list[Any], list[Any]]] = {
-    "refresh": (["sync"], ["async"]),
+    "refresh": (["async", "sync"], []),
     "refresh_method": (["eigh", "qr", "auto"], ["ldlr"]),
-    "refresh_on": (["auto"], ["host", "device"]),
-    "install": (["scheduled"], ["ready"]),
+    "refresh_on": (["host", "auto"], ["device"]),
+    "install": (["scheduled", "ready"], []),
     "start": (["fresh", "eigh", "adam"], []),
     "state_dtype": ([torch.float32], [torch.bfloat16]),
     "nonfinite": (["raise", "skip"], []),
@@ -44,12 +45,10 @@ CHOICES: dict[str, tuple[list[Any], list[Any]]] = {
 }
 
 LATER: dict[str, Any] = {
-    "workers": 2,
     "device_budget": "8GiB",
     "host_budget": 1024,
     "nvme_budget": "1TB",
     "nvme_path": "/tmp",
-    "trace": "trace.json",
     "process_group": object(),
     "node_size": 8,
 }
@@ -131,6 +130,16 @@ def test_staleness_is_a_count(value: Any) -> None:
     assert f"found {value!r}" in message
 
 
+@pytest.mark.parametrize("name", ["workers", "max_failures"])
+def test_workers_and_failures_are_counts(name: str) -> None:
+    for value in (1, 7):
+        assert getattr(RuntimeConfig(**{name: value}), name) == value
+    for wrong in (0, -1, 1.0, "2", True, *([None] if name == "max_failures" else [])):
+        message = error(**{name: wrong})
+        assert f"RuntimeConfig.{name} must be an int >= 1" in message
+        assert f"found {wrong!r}" in message
+
+
 @pytest.mark.parametrize("name", ["device_budget", "host_budget", "nvme_budget"])
 @pytest.mark.parametrize("value", ["plenty", "-1GiB", -1, "8 XB"])
 def test_a_budget_that_is_no_size_is_refused_by_name(name: str, value: Any) -> None:
@@ -141,7 +150,8 @@ def test_a_budget_that_is_no_size_is_refused_by_name(name: str, value: Any) -> N
 
 def test_reference_is_the_control_arm() -> None:
     config = RuntimeConfig.reference()
-    wanted = DEFAULTS | {"refresh_method": "qr", "start": "eigh", "staleness": 0}
+    changes = {"refresh": "sync", "refresh_method": "qr", "start": "eigh", "staleness": 0}
+    wanted = DEFAULTS | changes
     assert {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} == wanted
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.support.arms import Arm, over_arms
+from tests.support.arms import Arm, over_alone_arms, over_arms
 from tests.support.tolerances import SAME_MATH
 from tests.support.training import (
     SMALL,
@@ -52,7 +52,7 @@ def test_without_a_gradient_a_parameter_is_untouched(arm: Arm) -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@over_arms
+@over_alone_arms
 def test_each_parameter_lives_through_its_own_gradients_only(arm: Arm, pattern: str) -> None:
     """Steps without a gradient do not exist for a parameter, and the others do not notice.
 

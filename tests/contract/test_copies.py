@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from asteria import NonFiniteGradientError, RuntimeConfig
 from asteria.optim.optimizer import SecondOrderOptimizer
-from tests.support.arms import Arm, over_arms, over_arms_of_all_starts
+from tests.support.arms import Arm, over_all_arms, over_arms
 from tests.support.training import (
     MIXED,
     assert_same_bits,
@@ -29,7 +29,7 @@ over_ways = pytest.mark.parametrize("way", WAYS)
 
 
 @over_ways
-@over_arms_of_all_starts
+@over_all_arms
 def test_copy_goes_on_to_the_same_bits(arm: Arm, way: str) -> None:
     """From before the first step, and from every step of two periods."""
     optimizer = arm(parameters(MIXED))

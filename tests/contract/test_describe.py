@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.arms import Arm, over_arms
-from tests.support.training import MIXED, Shape, parameters, train
+from tests.support.training import COUNTERS, MIXED, Shape, parameters, train
 
 SHAPES: list[Shape] = [*MIXED, (7, 3), (3, 33, 32), (0, 3)]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -35,7 +35,7 @@ def test_bytes_and_factors_are_those_of_the_state(arm: Arm, kind: str, dtype: to
     assert description == before
     total = 0
     for row, (name, p) in zip(description.rows, named, strict=True):
-        tensors = {key: t for key, t in optimizer.state[p].items() if key != "step"}
+        tensors = {key: t for key, t in optimizer.state[p].items() if key not in COUNTERS}
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         assert row.state_bytes == size
         assert (row.name, row.shape, row.dtype) == (name, p.shape, str(dtype)[6:])
@@ -61,7 +61,7 @@ def test_state_bytes_are_all_that_the_state_takes(arm: Arm) -> None:
     storages = {}
     for entries in optimizer.state.values():
         for key, t in entries.items():
-            if key != "step" and t.numel():
+            if key not in COUNTERS and t.numel():
                 storage = t.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     assert sum(storages.values()) == optimizer.describe().state_bytes

@@ -4,12 +4,13 @@ Here it is taken on the host, where the results can be compared bit by bit.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from asteria import NonFiniteGradientError, RuntimeConfig
+from asteria import NonFiniteGradientError
 from asteria.optim.optimizer import SecondOrderOptimizer
 from asteria.runtime.engine import Engine
 from asteria.runtime.guard import DeviceGuard
@@ -17,6 +18,7 @@ from tests.support.arms import PERIOD, Arm, over_arms
 from tests.support.tolerances import GATED
 from tests.support.training import (
     SMALL,
+    Bits,
     Shape,
     assert_near,
     assert_same_bits,
@@ -39,7 +41,7 @@ def _through_the_gate(
     """What `Engine.accepts` does if the gradients are on an accelerator."""
     if not ready:
         return _look(self, names, gradients, ready=ready)
-    self._steps += 1
+    self._counters.steps += 1
     self._collect_verdicts(wait=False)
     return True, self._guard.gate(gradients, names)
 
@@ -53,9 +55,7 @@ def skipping(
     arm: Arm, dtype: torch.dtype = torch.float32, **options: object
 ) -> SecondOrderOptimizer:
     """An optimizer that counts non-finite gradients and goes on."""
-    runtime = RuntimeConfig(
-        nonfinite="skip", start=arm.runtime.start, refresh_method=arm.runtime.refresh_method
-    )
+    runtime = replace(arm.runtime, nonfinite="skip")
     return arm(parameters(SHAPES, dtype), runtime=runtime, weight_decay=0.3, **options)
 
 
@@ -65,6 +65,20 @@ def bad_step(optimizer: SecondOrderOptimizer, value: float) -> None:
     set_gradients(params, 99)
     params[1].grad[3] = value
     optimizer.step()
+
+
+def due_to_land(optimizer: SecondOrderOptimizer) -> Bits:
+    """The bases that the next step will install, by their names in `everything`."""
+    landing = {}
+    for index, entries in optimizer.state_dict()["state"].items():
+        if "shadow_0_0_version" in entries:
+            if entries["shadow_0_0_lands"] <= entries["step"]:
+                landing |= {
+                    f"{index}.{key[len('shadow_0_0_') :]}": value[0]
+                    for key, value in entries.items()
+                    if key.startswith("shadow_0_0_basis")
+                }
+    return landing
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize_grads": True, "maximize": True}])
@@ -87,24 +101,34 @@ def test_open_gate_changes_nothing_but_rounding(
 def test_closed_gate_leaves_every_bit(arm: Arm, dtype: torch.dtype) -> None:
     """Of weights, moments, factors and bases, whether or not a refresh was due at that step.
 
-    Step counters are the host's, which learns of the skipped step later.
+    But for what a worker has computed and is to be installed before that step: it is, and the
+    moments are carried along, as in the next step otherwise. Counters are the host's, which learns
+    of the skipped step later.
     """
-    options = {"normalize_grads": True, "stochastic_rounding": True}
-    for steps in range(1, 2 * PERIOD + 2):
+    options = {"normalize_grads": True, "stochastic_rounding": True, "shampoo_beta": 0.0}
+    installs = 0
+    for steps in range(1, 5 * PERIOD):
         optimizer = skipping(arm, dtype, **options)
         train(optimizer, range(steps))
-        before = everything(optimizer)
+        before, landing = everything(optimizer), due_to_land(optimizer)
         bad_step(optimizer, float("nan"))
         after = everything(optimizer)
-        counters = {name: before[name] for name in before if name.endswith(".step")}
-        assert_same_bits(after | counters, before)
+        installs += len(landing)
+        moving = {name for name in before if name.endswith((".step", ".version"))}
+        for name in landing:
+            moving |= {f"{name.split('.')[0]}.{moment}" for moment in ("exp_avg", "exp_avg_sq")}
+        assert_same_bits(
+            after, before | landing | {name: after[name] for name in moving & after.keys()}
+        )
+    assert bool(installs) == arm.is_asynchronous
 
 
 @pytest.mark.usefixtures("gated")
 @over_arms
 def test_run_goes_on_as_if_nothing_had_been(arm: Arm) -> None:
-    optimizer, undisturbed = skipping(arm), skipping(arm)
-    for step in range(3 * PERIOD):
+    """Whether it was a step that refreshes, launches a refresh or installs one."""
+    optimizer, undisturbed = (skipping(arm, shampoo_beta=0.0) for _ in range(2))
+    for step in range(9 * PERIOD):
         train(optimizer, [step])
         train(undisturbed, [step])
         if step % 2:
@@ -149,11 +173,12 @@ def test_error_is_raised_at_the_next_step_by_name(arm: Arm) -> None:
     named = [(f"layer.{index}", p) for index, p in enumerate(parameters(SHAPES))]
     optimizer = arm(named)
     train(optimizer, range(3))
+    sound = everything(optimizer)
     bad_step(optimizer, float("nan"))
     before = everything(optimizer)
     with pytest.raises(NonFiniteGradientError, match=r"layer\.1 holds inf or nan"):
         train(optimizer, [3])
-    counters = {name: before[name] - 1 for name in before if name.endswith(".step")}
+    counters = {name: sound[name] for name in sound if name.endswith((".step", ".version"))}
     assert_same_bits(everything(optimizer), before | counters)
     train(optimizer, [3])
     assert optimizer.stats().skipped_steps == 1

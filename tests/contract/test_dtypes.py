@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.arms import Arm, over_arms
+from tests.support.arms import Arm, over_alone_arms, over_arms
 from tests.support.tolerances import ON_AVERAGE, OTHER_PRECISION, SAME_MATH, TOLERANCES
 from tests.support.training import (
+    COUNTERS,
     MIXED,
     SMALL,
     assert_near,
@@ -35,8 +36,8 @@ def test_state_is_float32_or_wider(arm: Arm, dtype: torch.dtype) -> None:
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     assert all(p.dtype == dtype for p in params)
     for entries in optimizer.state.values():
-        assert {t.dtype for name, t in entries.items() if name != "step"} == {wanted}
-        assert entries["step"].dtype == torch.float32
+        assert {t.dtype for name, t in entries.items() if name not in COUNTERS} == {wanted}
+        assert {entries[name].dtype for name in COUNTERS & entries.keys()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -75,7 +76,7 @@ def test_narrow_weights_are_rounded_once(arm: Arm, dtype: torch.dtype) -> None:
         assert_same_bits(weights(narrow), {k: w.to(dtype) for k, w in weights(wide).items()})
 
 
-@over_arms
+@over_alone_arms
 def test_dtypes_mixed_in_one_optimizer(arm: Arm) -> None:
     """Each parameter does what it does in an optimizer of its own."""
     groups = [parameters(SMALL, dtype, seed) for seed, dtype in enumerate(DTYPES)]

@@ -9,7 +9,7 @@ from torch import nn
 
 import asteria
 from asteria import ConfigError
-from tests.support.arms import LR, OPTIMIZERS, Arm, over_arms
+from tests.support.arms import LR, OPTIMIZERS, Arm, over_alone_arms, over_arms
 from tests.support.tolerances import SAME_MATH
 from tests.support.training import (
     SMALL,
@@ -102,7 +102,7 @@ def test_parameters_come_as_any_iterable(arm: Arm) -> None:
         assert_same_bits(everything(optimizer), expected)
 
 
-@over_arms
+@over_alone_arms
 def test_groups_behave_as_optimizers_of_their_own(arm: Arm) -> None:
     groups: list[dict[str, Any]] = [
         {},
@@ -140,14 +140,15 @@ def test_options_are_read_at_every_step(arm: Arm, option: str) -> None:
     given.load_state_dict({**given.state_dict(), "state": saved["state"]})
 
     changed.param_groups[0][option] = after
+    # So far that a refresh which only the new period asks for is used, though computed by workers.
     for optimizer in (unchanged, changed, given):
-        train(optimizer, range(4, 9), scale=0.01)
+        train(optimizer, range(4, 13), scale=0.01)
     assert_same_bits(everything(changed), everything(given))
     untouched = everything(unchanged)
     assert any(not same_bits(t, untouched[name]) for name, t in everything(changed).items())
 
 
-@over_arms
+@over_alone_arms
 def test_group_added_in_mid_training(arm: Arm) -> None:
     """Old parameters go on undisturbed; new ones of the same shapes begin like a new optimizer."""
     old, new = (parameters(SMALL, torch.float64, seed) for seed in range(2))

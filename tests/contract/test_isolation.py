@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.arms import ARMS, Arm, over_arms, over_arms_of_all_starts
+from tests.support.arms import ARMS, Arm, over_all_arms, over_arms
 from tests.support.training import (
     MIXED,
     assert_same_bits,
@@ -19,7 +19,7 @@ from tests.support.training import (
 )
 
 
-@over_arms_of_all_starts
+@over_all_arms
 def test_same_seed_same_bits(arm: Arm) -> None:
     """A module trained twice from the same seed, gradients by autograd."""
     runs = []
@@ -74,7 +74,7 @@ def settings() -> tuple[object, ...]:
     )
 
 
-@over_arms_of_all_starts
+@over_all_arms
 def test_global_settings_are_left_alone(arm: Arm) -> None:
     before = settings()
     optimizer = arm(parameters(MIXED, torch.bfloat16), stochastic_rounding=True)

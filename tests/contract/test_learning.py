@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.arms import ARMS, ARMS_OF_ALL_STARTS, Arm, over_arms
+from tests.support.arms import ALL_ARMS, ARMS, Arm, over_arms
 from tests.support.training import weights
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -55,7 +55,7 @@ def test_regression_is_learned(arm: Arm, dtype: torch.dtype) -> None:
     assert sum(recorded[-5:]) < 0.2 * sum(recorded[:5])
 
 
-@pytest.mark.parametrize("arm", ARMS_OF_ALL_STARTS[len(ARMS) :], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", ALL_ARMS[len(ARMS) :], ids=lambda arm: arm.name)
 def test_regression_is_learned_from_other_starts(arm: Arm) -> None:
     recorded = losses(arm, torch.float32, 40)
     assert sum(recorded[-5:]) < 0.2 * sum(recorded[:5])

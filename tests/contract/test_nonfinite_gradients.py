@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asteria import GradientError, NonFiniteGradientError, RuntimeConfig
+from asteria import SOAP, GradientError, NonFiniteGradientError, RuntimeConfig
 from tests.support.arms import PERIOD, Arm, over_arms
 from tests.support.training import (
     MIXED,
@@ -89,13 +89,37 @@ def test_error_lists_the_first_few_of_many(arm: Arm) -> None:
 
 
 @over_arms
-def test_large_finite_gradients_pass(arm: Arm) -> None:
-    """Their sum of squares may overflow; that is no reason to call them infinite."""
-    params = parameters([(300,)])
+def test_large_gradients_pass(arm: Arm) -> None:
+    params = parameters([(300,), (8, 4)])
     optimizer = arm(params)
-    params[0].grad = torch.full((300,), 1e19)
+    for p in params:
+        p.grad = torch.full(p.shape, 1e17)
     before = weights(params)
     optimizer.step()
     optimizer.step()
-    assert params[0].isfinite().all()
+    assert all(p.isfinite().all() for p in params)
     assert not torch.equal(params[0], before["0"])
+    assert not torch.equal(params[1], before["1"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@over_arms
+def test_gradients_whose_squares_overflow_are_refused(arm: Arm, dtype: torch.dtype) -> None:
+    """They would make second moments and factors infinite for good."""
+    params = parameters(SMALL, dtype)
+    optimizer = arm(params)
+    train(optimizer, range(3))
+    before = everything(optimizer)
+    set_gradients(params, 3)
+    params[2].grad[0, 0] = 1e25  # type: ignore[index]
+    with pytest.raises(NonFiniteGradientError, match="too large to be squared"):
+        optimizer.step()
+    assert_same_bits(everything(optimizer), before)
+
+
+def test_float16_gradients_are_judged_in_float32() -> None:
+    params = parameters([(30, 30)], torch.float16)
+    optimizer = SOAP(params)
+    params[0].grad = torch.full((30, 30), 6e4, dtype=torch.float16)
+    optimizer.step()
+    assert optimizer.stats().skipped_steps == 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from asteria import ConfigError, RuntimeConfig
-from tests.support.arms import Arm, over_arms
+from tests.support.arms import Arm, over_alone_arms, over_arms
 from tests.support.tolerances import ADAM
 from tests.support.training import (
     Shape,
@@ -106,7 +106,7 @@ EXPERTS: dict[str, tuple[Shape, dict[str, Any], Shape]] = {
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-@over_arms
+@over_alone_arms
 def test_stack_of_experts_is_so_many_parameters(arm: Arm, kind: str) -> None:
     """Bit by bit: their blocks lie side by side either way."""
     shape, options, block = EXPERTS[kind]
@@ -155,7 +155,7 @@ TILINGS: dict[str, tuple[Shape, int, list[tuple[slice, ...]]]] = {
 
 
 @pytest.mark.parametrize("kind", TILINGS)
-@over_arms
+@over_alone_arms
 def test_blocks_are_so_many_parameters(arm: Arm, kind: str) -> None:
     """With large_dims="blocks", tiles of at most max_precond_dim train as they would apart."""
     shape, limit, tiles = TILINGS[kind]

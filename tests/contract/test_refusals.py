@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from asteria import AsteriaError, ConfigError, GradientError, ParameterChangedError, RuntimeConfig
-from tests.support.arms import OPTIMIZERS, Arm, over_arms, over_optimizers
+from tests.support.arms import OPTIMIZERS, Arm, over_alone_arms, over_arms, over_optimizers
 from tests.support.tolerances import SAME_MATH
 from tests.support.training import (
     SMALL,
@@ -41,6 +41,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "precondition_frequency": NO_COUNTS,
     "max_precond_dim": NO_COUNTS,
     "batch_dims": [-1, 1.0, "1", True],
+    "young_stride": [0, 1.0, "1", True, None],
     "merge_dims": NO_FLAGS,
     "precondition_1d": NO_FLAGS,
     "normalize_grads": NO_FLAGS,
@@ -71,7 +72,7 @@ def test_hyperparameters_out_of_range(name: str) -> None:
     for option in options_of(name):
         for value in OUT_OF_RANGE[option]:
             where = rf"{option} must be .*found"
-            if option != "batch_dims":
+            if option not in ("batch_dims", "young_stride"):
                 with pytest.raises(ConfigError, match=where):
                     OPTIMIZERS[name](parameters(), **{option: value})
             with pytest.raises(ConfigError, match=rf"group 0: {where}"):
@@ -198,6 +199,7 @@ UNKNOWN_RUNTIME: dict[str, list[Any]] = {
     "install": ["now", None],
     "start": ["cold", None],
     "workers": [0, "many"],
+    "max_failures": [0, "many", None],
     "device_budget": ["8 apples", -1, 1.5],
     "host_budget": ["", "GiB", "-1GiB"],
     "nvme_budget": ["1e9", "1XiB"],
@@ -210,17 +212,13 @@ UNKNOWN_RUNTIME: dict[str, list[Any]] = {
     "node_size": [0],
 }
 NOT_BUILT_YET: dict[str, Any] = {
-    "refresh": "async",
     "refresh_method": "ldlr",
-    "refresh_on": "host",
-    "install": "ready",
-    "workers": 2,
+    "refresh_on": "device",
     "device_budget": "8GiB",
     "host_budget": 2**30,
     "nvme_budget": "1.5 TB",
     "nvme_path": "cold",
     "state_dtype": torch.bfloat16,
-    "trace": "trace.json",
     "shards": "local",
     "node_size": 8,
 }
@@ -298,7 +296,7 @@ def test_parameter_that_changed_since_its_state_was_made(arm: Arm) -> None:
         train(optimizer, [3])
 
 
-@over_arms
+@over_alone_arms
 def test_changed_parameter_may_begin_afresh(arm: Arm) -> None:
     """As the error advises, by removing its state."""
     params = parameters(SMALL, torch.float64)

@@ -1,4 +1,7 @@
-"""RuntimeConfig.start: what the first steps do, and when bases are computed."""
+"""RuntimeConfig.start: what the first steps do, and when bases are computed.
+
+Of the synchronous schedule, where a refresh shows at once; test_async has the others.
+"""
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ SHAPES: list[Shape] = [(4, 4), (3, 3, 3)]
 
 
 def build(name: str, start: str, **options: object) -> SecondOrderOptimizer:
-    runtime = RuntimeConfig(start=start)
+    runtime = RuntimeConfig(start=start, refresh="sync")
     settings = {"precondition_frequency": PERIOD, "weight_decay": 0.0, "runtime": runtime}
     return OPTIMIZERS[name](parameters(SHAPES, torch.float64), **(settings | options))
 
@@ -63,9 +66,18 @@ def test_fresh_starts_with_an_update_of_adams_size(name: str) -> None:
     assert unlike_diagonal(optimizer) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("period", "due"),
+    [
+        (100, [2, 3, 5, 8, 12, 18, 27]),
+        (10, [2, 3, 5, 8, 10, 12, 18, 20, 27, 30, 40, 50]),
+    ],
+)
 @over_optimizers
-def test_fresh_refreshes_more_often_while_the_factors_are_young(name: str) -> None:
-    optimizer = build(name, "fresh", precondition_frequency=100, shampoo_beta=0.8)
+def test_fresh_refreshes_more_often_while_the_factors_are_young(
+    name: str, period: int, due: list[int]
+) -> None:
+    optimizer = build(name, "fresh", precondition_frequency=period, shampoo_beta=0.8)
     refreshed = []
     train(optimizer, [0])
     for step in range(1, 60):
@@ -74,7 +86,7 @@ def test_fresh_refreshes_more_often_while_the_factors_are_young(name: str) -> No
         after = bases(optimizer)
         if not all(map(same_bits, before, after)):
             refreshed.append(step)
-    assert refreshed == [2, 3, 5, 8, 12, 18, 27]
+    assert refreshed == due
 
 
 @over_optimizers

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from asteria.optim.optimizer import SecondOrderOptimizer
-from tests.support.arms import PERIOD, Arm, over_arms, over_arms_of_all_starts
+from tests.support.arms import PERIOD, Arm, over_all_arms, over_arms
 from tests.support.training import (
+    COUNTERS,
     MIXED,
     assert_same_bits,
     clones,
@@ -41,7 +42,7 @@ def resumed(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@over_arms_of_all_starts
+@over_all_arms
 def test_resumes_from_every_step_to_the_same_bits(arm: Arm, dtype: torch.dtype) -> None:
     options = {"stochastic_rounding": dtype == torch.bfloat16}
     optimizer = arm(parameters(MIXED, dtype), **options)
@@ -83,9 +84,9 @@ def test_loading_never_changes_a_dtype(arm: Arm, dtype: torch.dtype) -> None:
         }
         twin = resumed(arm, clones(optimizer.state), {**saved, "state": state})
         for entries in twin.state.values():
-            dtypes = {name: t.dtype for name, t in entries.items() if name != "step"}
+            dtypes = {name: t.dtype for name, t in entries.items() if name not in COUNTERS}
             assert set(dtypes.values()) == {wanted}
-            assert entries["step"].dtype == torch.float32
+            assert {entries[name].dtype for name in COUNTERS & entries.keys()} == {torch.float32}
         if given is None:
             assert_same_bits(everything(twin), everything(optimizer))
         train(twin, [4])

@@ -1,5 +1,6 @@
 """State that does not belong here is refused as a whole; state that was removed begins afresh."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 
 from asteria import CheckpointError
 from asteria.optim.optimizer import SecondOrderOptimizer
-from tests.support.arms import OPTIMIZERS, Arm, over_arms
+from tests.support.arms import OPTIMIZERS, Arm, over_arms, over_optimizers
 from tests.support.tolerances import SAME_MATH
 from tests.support.training import (
     SMALL,
@@ -282,3 +283,17 @@ def test_state_put_in_from_outside_that_does_not_fit(arm: Arm) -> None:
     train(optimizer, range(4, 8))
     train(twin, range(4, 8))
     assert_same_bits(everything(optimizer), everything(twin))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 2.0**30])
+@pytest.mark.parametrize("key", ["step", "version"])
+@over_optimizers
+def test_counters_that_count_nothing(name: str, key: str, value: float) -> None:
+    optimizer = OPTIMIZERS[name](parameters())
+    train(optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][key].fill_(value)
+    before = everything(optimizer)
+    with pytest.raises(CheckpointError, match=f"{key} is .*needs counts of steps"):
+        optimizer.load_state_dict(saved)
+    assert_same_bits(everything(optimizer), before)

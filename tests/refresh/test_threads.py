@@ -187,7 +187,7 @@ def nice() -> int:
 @linux
 def test_a_worker_gives_way_and_the_training_thread_does_not() -> None:
     own = nice()
-    expected = min(own + 10, 19)
+    expected = min(own + 5, 19)
 
     def work() -> list[int | bool]:
         first, then = lower_priority(), nice()

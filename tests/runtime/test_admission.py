@@ -58,10 +58,13 @@ def test_new_state_is_zero_and_shown_as_views() -> None:
     assert order(extent) == [(0, 0, 1), (1, 1, 2), (2, 2, 3)]
     assert extent.stack.fields.keys() == FIELDS
     for one in records:
-        assert one.entries.keys() == FIELDS | {"step"}
+        assert one.entries.keys() == FIELDS | {"step", "version"}
         assert not any(entry.any() for entry in one.entries.values())
         assert one.entries["step"].dtype == torch.float32
         assert one.entries["step"].shape == ()
+        assert one.entries["version"].dtype == torch.float32
+        assert one.entries["version"].shape == (1,)
+        assert one.versions == [0]
         assert_views(one, extent)
 
 
@@ -133,7 +136,10 @@ def test_moments_look_like_their_parameter_where_its_blocks_are_in_order() -> No
 def test_a_parameter_of_several_block_shapes_numbers_its_entries() -> None:
     one, other = two_tiles(0), record(1, 4, 3)
     extents = admitted(other, one)
-    assert one.entries.keys() == {f"{name}.{n}" for name in FIELDS for n in (0, 1)} | {"step"}
+    assert one.entries.keys() == {f"{name}.{n}" for name in FIELDS for n in (0, 1)} | {
+        "step",
+        "version",
+    }
     assert one.entries["exp_avg.0"].shape == (4, 3)
     assert one.entries["exp_avg.1"].shape == (2, 3)
     assert [order(extent) for extent in extents.values()] == [[(0, 0, 1), (1, 1, 2)], [(0, 0, 1)]]

@@ -14,7 +14,8 @@ OPTIMIZERS: dict[str, type[SecondOrderOptimizer]] = {
     "KLSOAP": KLSOAP,
 }
 RUNTIMES = {"default": RuntimeConfig(), "reference": RuntimeConfig.reference()}
-OTHER_STARTS = {
+OTHER_RUNTIMES = {
+    "sync": RuntimeConfig(refresh="sync"),
     "adam": RuntimeConfig(start="adam"),
     "eigh": RuntimeConfig(start="eigh", refresh_method="eigh"),
 }
@@ -37,6 +38,11 @@ class Arm(NamedTuple):
         return self.optimizer(params, **(telling | options))
 
     @property
+    def is_asynchronous(self) -> bool:
+        """Whether refreshes are computed by workers and installed later."""
+        return self.runtime.refresh == "async"
+
+    @property
     def skips_first_update(self) -> bool:
         """Whether the first gradient only builds the bases, as the published code has it."""
         return self.runtime.start == "eigh"
@@ -47,14 +53,17 @@ ARMS = [
     for name in OPTIMIZERS
     for runtime in RUNTIMES
 ]
-ARMS_OF_ALL_STARTS = ARMS + [
-    Arm(f"{name}-{start}", OPTIMIZERS[name], OTHER_STARTS[start])
+ALL_ARMS = ARMS + [
+    Arm(f"{name}-{runtime}", OPTIMIZERS[name], OTHER_RUNTIMES[runtime])
     for name in OPTIMIZERS
-    for start in OTHER_STARTS
+    for runtime in OTHER_RUNTIMES
 ]
 
+ALONE_ARMS = [arm for arm in ALL_ARMS if arm.runtime.refresh == "sync"]
+"""Those under which the schedule of a parameter does not depend on which others there are;
+asynchronous refreshes of all parameters take turns."""
+
 over_arms = pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
-over_arms_of_all_starts = pytest.mark.parametrize(
-    "arm", ARMS_OF_ALL_STARTS, ids=lambda arm: arm.name
-)
+over_all_arms = pytest.mark.parametrize("arm", ALL_ARMS, ids=lambda arm: arm.name)
+over_alone_arms = pytest.mark.parametrize("arm", ALONE_ARMS, ids=lambda arm: arm.name)
 over_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)

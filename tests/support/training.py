@@ -10,6 +10,9 @@ from tests.support.tolerances import TOLERANCES
 Shape = tuple[int, ...]
 Bits = dict[str, Tensor]
 
+COUNTERS = frozenset({"step", "version"})
+"""Entries of a state that count steps, on the host and in float32."""
+
 SMALL: list[Shape] = [(4, 4), (5,), (4, 4)]
 """Both rules and two equal matrices. First factors of squares are regular: no basis is the
 eigensolver's choice, so runs that stack their blocks differently stay near each other."""

@@ -287,3 +287,14 @@ def test_a_warning_that_raises_leaves_the_trace_usable(
     trace.span("training", "step", 0, 1)
     trace.close()
     assert names(path) == []
+
+
+def test_two_traces_cannot_share_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    first = Trace(path)
+    first.span("a", "b", 0, 1)
+    with pytest.raises(ConfigError, match="another optimizer or process is writing"):
+        Trace(path)
+    first.close()
+    assert any(event.get("name") == "b" for event in json.loads(path.read_text()))
+    Trace(path).close()

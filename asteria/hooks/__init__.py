@@ -1,0 +1,1 @@
+"""When a gradient is final: hooks on the backward pass."""

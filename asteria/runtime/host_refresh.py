@@ -1,0 +1,72 @@
+"""The work of a refresh job: from snapshots of a tile's factors to its new eigenbases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asteria.linalg.verified import Failures, verified_refresh
+from asteria.runtime.transfer import Link, Snapshot
+
+__all__ = ["Refreshed", "refresh_job"]
+
+
+@dataclass(slots=True)
+class Refreshed:
+    """What a job hands over: host tensors that nobody else holds."""
+
+    bases: list[Tensor | None]
+    """(b, n, n) for each mode that has a factor, verified."""
+    failures: list[Failures]
+    """One for each mode that has a factor."""
+    turned: float
+    """How far the columns have turned: 1 - cos^2 of the angle, mean over all columns, 0 to 1."""
+
+
+def refresh_job(
+    link: Link,
+    factors: list[Tensor | None],
+    bases: list[Tensor | None],
+    *,
+    exact: bool,
+    sort: bool,
+    copy_bases: bool,
+) -> Callable[[], Refreshed]:
+    """Work for a worker thread that refreshes every mode with a factor.
+
+    Takes snapshots now: the factors change with the next step. ``copy_bases`` where the bases in
+    use may be replaced before the work is done. The work holds tensors and nothing else.
+    """
+    snapshots = [
+        None
+        if factor is None or basis is None
+        else (link.snapshot(factor, copy=True), link.snapshot(basis, copy=copy_bases))
+        for factor, basis in zip(factors, bases, strict=True)
+    ]
+
+    def work() -> Refreshed:
+        return _refreshed(snapshots, link, exact=exact, sort=sort)
+
+    return work
+
+
+def _refreshed(
+    snapshots: list[tuple[Snapshot, Snapshot] | None], link: Link, *, exact: bool, sort: bool
+) -> Refreshed:
+    fresh: list[Tensor | None] = []
+    failures = []
+    turned = [0.0]
+    for pair in snapshots:
+        if pair is None:
+            fresh.append(None)
+            continue
+        factor, basis = pair[0].on_host(), pair[1].on_host()
+        outcome = verified_refresh(factor, basis, exact=exact, sort=sort)
+        cosines = torch.linalg.vecdot(outcome.basis, basis, dim=-2)
+        turned.append(1 - float(cosines.square().mean()))
+        failures.append(outcome.failures)
+        fresh.append(link.outgoing(outcome.basis))
+    return Refreshed(fresh, failures, max(turned))

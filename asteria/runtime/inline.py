@@ -1,0 +1,148 @@
+"""Eigenbases computed at once, where the parameter is: first, young and synchronous ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from asteria.algorithms.algorithm import BlockState, Pair
+from asteria.config.runtime import RuntimeConfig
+from asteria.linalg.eigenbasis import eigh_basis, matched_eigh_basis, orthogonal_iteration
+from asteria.linalg.modes import replace_
+from asteria.linalg.verified import Failures, verified_refresh
+from asteria.runtime.chunks import CHUNK_BYTES, Chunk
+from asteria.runtime.records import Tile
+from asteria.runtime.units import Unit, Units
+from asteria.telemetry.counters import Counters
+
+__all__ = ["InlineRefresher"]
+
+
+class InlineRefresher:
+    """Makes and refreshes the bases of whole chunks. For the training thread."""
+
+    def __init__(self, config: RuntimeConfig, counters: Counters, units: Units) -> None:
+        self._config = config
+        self._counters = counters
+        self._units = units
+        self._device_failures: dict[torch.device, Tensor] = {}
+
+    def device_failures(self) -> int:
+        """Failed refreshes that only the devices know of; waits for them."""
+        return sum(int(count) for count in self._device_failures.values())
+
+    def begin_(self, chunk: Chunk, state: BlockState) -> None:
+        """First bases, of the first factors; waits for the device."""
+        for mode in range(len(chunk.extent.shape.dims)):
+            factor, basis = state.get(f"factor_{mode}"), state.get(f"basis_{mode}")
+            if factor is None or basis is None:
+                continue
+            failures = Failures()
+            if self._config.start == "adam":
+                basis.copy_(torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device))
+                continue
+            on_host = factor.device.type == "cpu" or self._config.refresh_on == "host"
+            for blocks in _parts(state):
+                fresh = eigh_basis(factor[blocks].cpu() if on_host else factor[blocks])
+                basis[blocks].copy_(fresh.basis)
+                self._counters.refreshes += len(fresh.basis)
+                self._counters.installs += len(fresh.basis)
+                if on_host:
+                    bad = (~fresh.usable).nonzero().flatten().tolist()
+                    failures.kept |= {blocks.start + block: "no first basis" for block in bad}
+                else:
+                    self._count_on_device(fresh.usable)
+            for tile in chunk.tiles if failures.kept else ():
+                self._units.judge(_unit(tile), _reasons(chunk, tile, [failures]))
+
+    def refresh_(
+        self,
+        chunk: Chunk,
+        state: BlockState,
+        scratch: Pair,
+        gate: Tensor | None,
+        *,
+        exact: bool,
+        bound: float | None,
+    ) -> None:
+        """Refresh every basis of the chunk and carry the moments along.
+
+        ``bound`` as in `Algorithm.rotate_`. Waits for the device only if ``exact`` or on the host.
+        """
+        rule = chunk.extent.rule
+        modes = range(len(chunk.extent.shape.dims))
+        failures: list[Failures] = []
+        for blocks in _parts(state):
+            part = {name: tensor[blocks] for name, tensor in state.items()}
+            fresh: list[Tensor | None] = [None for _ in modes]
+            for mode in modes:
+                factor, basis = part.get(f"factor_{mode}"), part.get(f"basis_{mode}")
+                if factor is not None and basis is not None:
+                    found = Failures()
+                    fresh[mode] = self._refreshed(
+                        factor, basis, found, exact=exact, sort=rule.sorts_columns
+                    )
+                    failures.append(found.moved(blocks.start))
+            pair = (scratch[0][blocks], scratch[1][blocks])
+            rule.rotate_(part, fresh, scratch=pair, gate=gate, bound=bound)
+            for mode, basis in enumerate(fresh):
+                if basis is not None:
+                    replace_(part[f"basis_{mode}"], basis, gate)
+        for tile in chunk.tiles:
+            self._settle(chunk, tile, _reasons(chunk, tile, failures))
+
+    def _settle(self, chunk: Chunk, tile: Tile, reasons: list[str]) -> None:
+        """Take note of what has become of a tile's bases."""
+        unit, step = _unit(tile), chunk.steps + 1
+        bases = tile.plan.blocks * len(tile.plan.shape.factor_sizes())
+        self._counters.refreshes += bases
+        self._counters.installs += bases - len(reasons)
+        if len(reasons) < bases:
+            self._units.replaced(unit, step, last_use=step)
+        else:
+            self._units[unit].attempted = step
+        self._units.judge(unit, reasons)
+
+    def _refreshed(
+        self, factor: Tensor, basis: Tensor, failures: Failures, *, exact: bool, sort: bool
+    ) -> Tensor:
+        """New bases (b, n, n); where none could be computed, the ones in use."""
+        if factor.device.type == "cpu" or self._config.refresh_on == "host":
+            outcome = verified_refresh(factor.cpu(), basis.cpu(), exact=exact, sort=sort)
+            failures.kept, failures.retried = outcome.failures.kept, outcome.failures.retried
+            self._counters.retried_refreshes += failures.retried
+            return outcome.basis.to(factor.device)
+        result = (
+            matched_eigh_basis(factor, basis)
+            if exact
+            else orthogonal_iteration(factor, basis, sort=sort)
+        )
+        self._count_on_device(result.usable)
+        return torch.where(result.usable[:, None, None], result.basis, basis)
+
+    def _count_on_device(self, usable: Tensor) -> None:
+        failed = (~usable).sum()
+        known = self._device_failures.get(failed.device, torch.zeros_like(failed))
+        self._device_failures[failed.device] = known + failed
+
+
+def _unit(tile: Tile) -> Unit:
+    return Unit(tile.record, tile.plan.ordinal)
+
+
+def _reasons(chunk: Chunk, tile: Tile, failures: list[Failures]) -> list[str]:
+    """Why bases of the tile were kept, one for each; blocks are counted within the chunk."""
+    blocks = range(tile.start - chunk.start, tile.stop - chunk.start)
+    return [reason for found in failures for block, reason in found.kept.items() if block in blocks]
+
+
+def _parts(state: BlockState) -> Iterator[slice]:
+    """Cuts the blocks so that what is made of their largest factors stays within a chunk."""
+    factors = [tensor for name, tensor in state.items() if name.startswith("factor_")]
+    if factors:
+        largest = max(factor[0].numel() * factor.element_size() for factor in factors)
+        step = max(1, CHUNK_BYTES // largest)
+        for start in range(0, len(factors[0]), step):
+            yield slice(start, start + step)

@@ -1,0 +1,43 @@
+"""One record of what all parts of an engine have counted."""
+
+from __future__ import annotations
+
+from asteria.runtime.background import BackgroundRefresher
+from asteria.runtime.inline import InlineRefresher
+from asteria.runtime.units import Units
+from asteria.telemetry.counters import Counters, Stats
+
+__all__ = ["summarize"]
+
+
+def summarize(
+    counted: Counters,
+    units: Units,
+    inline: InlineRefresher,
+    background: BackgroundRefresher | None,
+) -> Stats:
+    """What was done so far; waits for the devices' counters."""
+    failures = dict(counted.failures)
+    if on_devices := inline.device_failures():
+        failures["on the device"] = on_devices
+    pipeline = None if background is None else background.pipeline
+    return Stats(
+        steps=counted.steps,
+        skipped_steps=counted.skipped_steps,
+        refreshes=counted.refreshes,
+        installs=counted.installs,
+        failed_refreshes=sum(failures.values()),
+        failures=failures,
+        retried_refreshes=counted.retried_refreshes,
+        worker_deaths=pipeline.executor.deaths if pipeline is not None else 0,
+        in_flight=len(pipeline) if pipeline is not None else 0,
+        staleness={shape: dict(ages) for shape, ages in units.ages().items()},
+        waits=pipeline.waits.count if pipeline is not None else 0,
+        wait_s=pipeline.waits.seconds if pipeline is not None else 0.0,
+        update_s=counted.update_s,
+        refresh_s=counted.refresh_s,
+        install_s=counted.install_s,
+        worker_s=counted.worker_s,
+        host_utilization=background.utilization() if background else 0.0,
+        young_rounds=len(counted.young_steps),
+    )

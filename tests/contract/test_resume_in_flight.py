@@ -1,0 +1,245 @@
+"""What is in flight is part of the state: a resumed or copied run repeats every bit."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from asteria import CheckpointError, RuntimeConfig
+from asteria.optim.optimizer import SecondOrderOptimizer
+from tests.support.arms import PERIOD, over_optimizers
+from tests.support.asynchronous import GROWN, build, flying, manual
+from tests.support.training import (
+    Bits,
+    Shape,
+    assert_same_bits,
+    clones,
+    everything,
+    train,
+)
+
+SHAPES: list[Shape] = [(7, 4), (5,), (4, 4), (3, 2, 4)]
+TILES = {"max_precond_dim": 4, "large_dims": "blocks"}
+"""The first parameter consists of two tiles of different shape."""
+ALL_FLYING = GROWN + 2
+"""Calls of step() after which every tile has a refresh in flight."""
+State = dict[int, dict[str, Any]]
+
+
+def run_of(name: str, staleness: int = 2) -> SecondOrderOptimizer:
+    return build(name, RuntimeConfig(staleness=staleness), SHAPES, **TILES)
+
+
+def params_of(optimizer: SecondOrderOptimizer) -> list[torch.nn.Parameter]:
+    params: list[torch.nn.Parameter] = optimizer.param_groups[0]["params"]
+    return params
+
+
+def saved_and_loaded(optimizer: SecondOrderOptimizer) -> SecondOrderOptimizer:
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return resumed(optimizer, torch.load(file, weights_only=True))
+
+
+def resumed(
+    optimizer: SecondOrderOptimizer, saved: dict[str, Any], runtime: RuntimeConfig | None = None
+) -> SecondOrderOptimizer:
+    twin = type(optimizer)(
+        clones(params_of(optimizer)), runtime=runtime or optimizer._runtime, **TILES
+    )
+    twin.load_state_dict(saved)
+    return twin
+
+
+WAYS: dict[str, Callable[[SecondOrderOptimizer], SecondOrderOptimizer]] = {
+    "saved and loaded": saved_and_loaded,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+}
+
+
+def all_of(optimizer: SecondOrderOptimizer) -> Bits:
+    """Weights, and state with what is in flight."""
+    state = optimizer.state_dict()["state"]
+    flat = {f"{p}.{key}": t.clone() for p, entries in state.items() for key, t in entries.items()}
+    return everything(optimizer) | flat
+
+
+@pytest.mark.parametrize("staleness", [1, 2, PERIOD + 1])
+@over_optimizers
+def test_every_step_can_be_resumed_to_the_same_bits(name: str, staleness: int) -> None:
+    window = range(GROWN, GROWN + 2 * PERIOD + staleness)
+    end = window.stop + PERIOD + staleness + 1
+    optimizer, undisturbed = run_of(name, staleness), run_of(name, staleness)
+    train(optimizer, range(GROWN))
+    twins = []
+    units: set[str] = set()
+    for step in window:
+        for way in WAYS.values():
+            twin = way(optimizer)
+            assert_same_bits(all_of(twin), all_of(optimizer))
+            twins.append((step, twin))
+        units |= {flight.job.name.split(" at ")[0] for flight in flying(optimizer)}
+        train(optimizer, [step])
+    assert len(units) == 4, "every tile has something in flight at times"
+    train(optimizer, range(window.stop, end))
+    train(undisturbed, range(end))
+    expected = all_of(undisturbed)
+    assert_same_bits(all_of(optimizer), expected)
+    for step, twin in twins:
+        train(twin, range(step, end))
+        assert_same_bits(all_of(twin), expected)
+
+
+@over_optimizers
+def test_saving_waits_for_the_workers_and_takes_nothing_from_the_run(name: str) -> None:
+    optimizer, workers = manual(run_of(name))
+    train(optimizer, range(ALL_FLYING))
+    flights = flying(optimizer)
+    assert workers.queue
+    saved = optimizer.state_dict()["state"]
+    assert not workers.queue
+    assert flying(optimizer) == flights
+    keys = {key for entries in saved.values() for key in entries if key.startswith("shadow")}
+    assert {f"shadow_{tile}_0_version" for tile in (0, 1)} <= keys
+    assert not any(key.startswith("shadow") for e in optimizer.state.values() for key in e), (
+        "the live state has none"
+    )
+
+
+@over_optimizers
+def test_a_copy_shares_no_flight_with_its_original(name: str) -> None:
+    optimizer = run_of(name)
+    train(optimizer, range(GROWN))
+    before = all_of(optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    twin = resumed(optimizer, saved)
+    for entries in saved["state"].values():
+        for value in entries.values():
+            value.fill_(float("nan"))
+    train(twin, range(GROWN, GROWN + 6))
+    assert_same_bits(all_of(optimizer), before)
+    assert all(bool(value.isfinite().all()) for value in all_of(twin).values())
+
+
+@over_optimizers
+def test_loading_replaces_what_was_in_flight(name: str) -> None:
+    source, target = run_of(name), run_of(name)
+    train(source, range(GROWN))
+    train(target, range(GROWN + 2))
+    with torch.no_grad():
+        for mine, theirs in zip(params_of(target), params_of(source), strict=True):
+            mine.copy_(theirs)
+    target.load_state_dict(source.state_dict())
+    assert_same_bits(all_of(target), all_of(source))
+    for optimizer in (source, target):
+        train(optimizer, range(GROWN, GROWN + 9))
+    assert_same_bits(all_of(target), all_of(source))
+
+
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        RuntimeConfig(refresh="sync"),
+        RuntimeConfig(staleness=0),
+        RuntimeConfig(staleness=1),
+        RuntimeConfig(staleness=8),
+        RuntimeConfig(install="ready"),
+        RuntimeConfig(start="adam", refresh_method="eigh"),
+    ],
+    ids=str,
+)
+@over_optimizers
+def test_another_runtime_takes_the_state_and_keeps_its_own_bound(
+    name: str, runtime: RuntimeConfig
+) -> None:
+    optimizer = run_of(name, 2 * PERIOD + 1)
+    train(optimizer, range(GROWN + 6))
+    twin = resumed(optimizer, optimizer.state_dict(), runtime)
+    train(twin, range(GROWN + 6, GROWN + 20))
+    for entries in twin.state.values():
+        if "version" in entries:
+            staleness = 0 if runtime.refresh == "sync" else runtime.staleness
+            assert entries["step"] - entries["version"].min() <= PERIOD + staleness
+    assert all(bool(value.isfinite().all()) for value in all_of(twin).values())
+
+
+@over_optimizers
+def test_state_without_flights_is_taken_too(name: str) -> None:
+    """As a synchronous run has saved it."""
+    source = build(name, RuntimeConfig(refresh="sync"), SHAPES, **TILES)
+    train(source, range(GROWN))
+    twin = resumed(source, source.state_dict(), RuntimeConfig())
+    assert not flying(twin)
+    train(twin, range(GROWN, GROWN + 9))
+    assert flying(twin)
+
+
+def lacks_a_basis(state: State) -> list[str]:
+    del state[2]["shadow_0_0_basis_1"]
+    return ["parameter 2 of group 0: shadow_0_0_basis_1 is missing"]
+
+
+def lacks_the_version(state: State) -> list[str]:
+    del state[0]["shadow_1_0_version"]
+    return ["parameter 0 of group 0: shadow_1_0_version is missing"]
+
+
+def of_no_tile(state: State) -> list[str]:
+    state[2]["shadow_1_0_version"] = torch.tensor(3.0)
+    return ["parameter 2 of group 0: shadow_1_0_version is not part of"]
+
+
+def of_no_mode(state: State) -> list[str]:
+    state[2]["shadow_0_0_basis_2"] = torch.eye(4)[None]
+    return ["parameter 2 of group 0: shadow_0_0_basis_2 is not part of"]
+
+
+def of_a_vector(state: State) -> list[str]:
+    state[1]["shadow_0_0_version"] = torch.tensor(3.0)
+    return ["parameter 1 of group 0: shadow_0_0_version is not part of adamw's state"]
+
+
+def misshapen(state: State) -> list[str]:
+    state[2]["shadow_0_0_basis_0"] = torch.eye(5)[None]
+    state[0]["shadow_0_0_version"] = torch.zeros(1)
+    return [
+        "parameter 2 of group 0: shadow_0_0_basis_0 has shape (1, 5, 5), needs (1, 4, 4)",
+        "parameter 0 of group 0: shadow_0_0_version has shape (1,), needs ()",
+    ]
+
+
+def misspelt(state: State) -> list[str]:
+    for key in ("shadow_0_version", "shadow_0_0_base_1", "shadow_a_0_version"):
+        state[3][key] = torch.tensor(1.0)
+    return [
+        f"parameter 3 of group 0: {key} is not part of"
+        for key in ("shadow_0_version", "shadow_0_0_base_1", "shadow_a_0_version")
+    ]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lacks_a_basis, lacks_the_version, of_no_tile, of_no_mode, of_a_vector, misshapen, misspelt],
+)
+@over_optimizers
+def test_broken_flights_are_refused_and_listed(
+    name: str, spoil: Callable[[State], list[str]]
+) -> None:
+    source, target = run_of(name), run_of(name)
+    train(source, range(ALL_FLYING))
+    train(target, range(GROWN))
+    before = all_of(target)
+    saved = copy.deepcopy(source.state_dict())
+    messages = spoil(saved["state"])
+    with pytest.raises(CheckpointError, match="nothing was loaded") as caught:
+        target.load_state_dict(saved)
+    for message in messages:
+        assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1 + len(messages)
+    assert_same_bits(all_of(target), before)
