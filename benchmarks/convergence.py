@@ -9,26 +9,27 @@
 
 Model, data and the loss are those of ``examples/train_gpt.py``. Every finished run is stored under
 ``--out`` as one file, so a benchmark that was killed continues where it was.
+
+``--staleness`` is another study of the same task: what asynchronous refreshes cost in loss
+(``benchmarks/staleness.py``).
 """
 
 import argparse
-import json
 import math
 import statistics
-import zlib
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.measurement import describe_machine
-from benchmarks.runs import Lab, Record, Run, Runner, Task, final, optimizer_ms
-from examples import train_gpt as example
+from benchmarks import staleness
+from benchmarks.measurement import describe_machine, write_json
+from benchmarks.runs import Lab, Record, Run, Runner, final, finite, optimizer_ms, set_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,19 +195,21 @@ def plot_curves(panel: Axes, arm: Record, color: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing of the study, then print and write its results."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--staleness" in argv:
+        staleness.main([word for word in argv if word != "--staleness"])
+        return
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
+    add("--staleness", action="store_true", help="another study, with options of its own")
     add("--steps", type=int, default=300, help="a fifth of them warm-up (default 300)")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="the first one tunes (default 0 1)")
     add("--out", type=Path, default=Path("runs/convergence"), help="finished runs")
     add("--json", type=Path, help="write all results here, and a plot beside it")
     add("--quick", action="store_true", help="a tiny model, 30 steps: tests the benchmark only")
     args = parser.parse_args(argv)
-    corpus = example.load_corpus()
-    task = Task(text=zlib.crc32(torch.cat(corpus).numpy().tobytes()))
-    if args.quick:
-        task = replace(task, context=32, width=32, layers=2, heads=2, batch=4, windows=64)
-        args.steps = 30
+    task, corpus = set_up(quick=args.quick)
+    args.steps = 30 if args.quick else args.steps
     study = Study(steps=args.steps, seeds=tuple(args.seeds))
     with tqdm(total=study.total_steps, unit="step", smoothing=0.05) as bar:
         lab = Lab(task, corpus, args.out, bar)
@@ -219,14 +222,8 @@ def main(argv: list[str] | None = None) -> None:
         settings = asdict(study) | {"warmup": study.warmup, "task": asdict(task)}
         results: Record = {"settings": settings, "machine": describe_machine()}
         results |= {"arms": arms, "lengths": lengths}
-        long = ("task", "loss", "step_s", "optimizer_s")
-        results["runs"] = [
-            {"optimizer_ms": optimizer_ms([r])} | {k: v for k, v in r.items() if k not in long}
-            for r in lab.records.values()
-        ]
-        finite = json.loads(json.dumps(results), parse_constant=lambda name: None)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(finite, indent=1))
+        results["runs"] = lab.summary()
+        write_json(args.json, finite(results))
         plot(arms, lengths, args.json.with_suffix(".png"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import json
@@ -125,7 +126,22 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _is_number(cell: str) -> bool:
     """Whether ``cell`` is a number, or the dash that stands for none."""
-    return cell == "-" or cell.replace(".", "", 1).replace(",", "").removeprefix("-").isdigit()
+    digits = cell.removeprefix("-").removeprefix("+").replace(".", "", 1).replace(",", "")
+    return cell == "-" or digits.isdigit()
+
+
+def read_stats(optimizer: Any) -> dict[str, Any]:
+    """The fields of ``optimizer.stats()`` as JSON can hold them; none for torch's optimizers."""
+    return _plain(optimizer.stats()) if hasattr(optimizer, "stats") else {}
+
+
+def _plain(value: Any) -> Any:
+    """Records and mappings as dicts with keys of text, numbers and texts as they are."""
+    if dataclasses.is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value if isinstance(value, int | float | str | None) else str(value)
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 import asteria
+from benchmarks.measurement import read_stats
 from examples import train_gpt as example
 
 Record = dict[str, Any]
 Corpus = tuple[Tensor, Tensor]
+NEVER = 10**9  # a period that no run lives to see the end of
+RAISE = 3.0  # of a learning rate that is raised again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +37,17 @@ class Task:
     windows: int = example.WINDOWS  # validation windows of the final loss
     glance: int = example.GLANCE  # validation windows of a point of a curve
     text: int = 0  # checksum of the corpus
+    threads: int | None = None  # of torch where it was set: another number, other bits
+
+
+def set_up(*, quick: bool, threads: int | None = None) -> tuple[Task, Corpus]:
+    """The example's task and its data; a ``quick`` one has a tiny model."""
+    corpus = example.load_corpus()
+    text = zlib.crc32(torch.cat(corpus).numpy().tobytes())
+    task = Task(text=text, threads=threads)
+    if quick:
+        task = replace(task, context=32, width=32, layers=2, heads=2, batch=4, windows=64)
+    return task, corpus
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +59,23 @@ class Run:
     steps: int
     seed: int = 0  # of the first weights and of the batches
     warmup: int = 60  # steps of linear warm-up
-    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up; a cosine ends at 0
+    # After the warm-up; a cosine ends at 0, "raised" is constant and RAISE times that from half on.
+    schedule: Literal["cosine", "constant", "raised"] = "cosine"
     preset: Literal["default", "reference"] = "default"  # of the RuntimeConfig
     runtime: tuple[tuple[str, Any], ...] = ()  # its fields that differ from the preset
     options: tuple[tuple[str, Any], ...] = (("precondition_frequency", 10),)  # not for AdamW
+    frozen_after: int | None = None  # steps, after which no period ends in a refresh any more
+    perturbation: float | None = None  # standard deviation of noise on the first weights
+
+    def make_model(self, task: Task) -> torch.nn.Module:
+        """The model with its first weights."""
+        torch.manual_seed(self.seed)
+        model = example.GPT(task.context, task.width, task.layers, task.heads)
+        if self.perturbation is not None:
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.add_(torch.randn_like(weight), alpha=self.perturbation)
+        return model
 
     def make_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """The optimizer of this run for ``model``."""
@@ -62,19 +89,33 @@ class Run:
 
     def factor(self, step: int) -> float:
         """Fraction of the peak learning rate at ``step``."""
-        if self.schedule == "constant":
-            return min(1.0, (step + 1) / self.warmup)
+        if self.schedule != "cosine":
+            raised = self.schedule == "raised" and step >= self.steps // 2
+            return min(1.0, (step + 1) / self.warmup) * (RAISE if raised else 1.0)
         return example.warmup_cosine(step, self.steps, self.warmup)
+
+    def before(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Change what changes on the way, before ``step`` (from 0)."""
+        if step == self.frozen_after:
+            for group in optimizer.param_groups:
+                group["precondition_frequency"] = NEVER
+
+    def __str__(self) -> str:
+        changed = (f"{name}={value}" for name, value in (*self.runtime, *self.options))
+        return (
+            f"{self.optimizer} {self.preset} {' '.join(changed)}, lr {self.lr:g}, seed {self.seed}"
+        )
 
 
 def execute(run: Run, task: Task, corpus: Corpus, on_step: Callable[[str], None]) -> Record:
     """Train ``run``; one that leaves the finite numbers ends there and has no final loss."""
-    torch.manual_seed(run.seed)
-    model = example.GPT(task.context, task.width, task.layers, task.heads)
+    model = run.make_model(task)
     optimizer = run.make_optimizer(model)
     with example.closing(optimizer):
         record = _train(run, task, corpus, (model, optimizer), on_step)
         record["state_bytes"] = example.state_bytes(optimizer.state_dict())
+        record["stats"] = read_stats(optimizer)
+    record["threads"] = torch.get_num_threads()
     return record
 
 
@@ -91,6 +132,7 @@ def _train(
     starts = example.batch_starts(corpus[0], run.steps, task.batch, task.context, run.seed)
     record: Record = {"loss": [], "step_s": [], "optimizer_s": [], "validation": [], "final": None}
     for step in range(run.steps):
+        run.before(step, optimizer)
         begin = time.perf_counter()
         loss = model(*example.windows(corpus[0], starts[step], task.context))
         loss.backward()
@@ -131,7 +173,10 @@ class Lab:
 
     def path(self, run: Run) -> Path:
         """Where the result of ``run`` is stored."""
-        key = json.dumps([asdict(run), asdict(self.task)], sort_keys=True)
+        settings = [asdict(run), asdict(self.task)]
+        # What is not set does not count, so that a new field leaves old results valid.
+        given = [{k: v for k, v in fields.items() if v is not None} for fields in settings]
+        key = json.dumps(given, sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:10]
         name = f"{run.optimizer}_{run.preset}_{run.steps}steps_lr{run.lr:g}_seed{run.seed}"
         return self.folder / f"{name}_{digest}.json"
@@ -151,7 +196,7 @@ class Lab:
 
     def _new(self, run: Run, path: Path) -> Record:
         start = self.bar.n
-        self.bar.set_description(f"{run.optimizer} {run.preset}, lr {run.lr:g}, seed {run.seed}")
+        self.bar.set_description(str(run))
 
         def on_step(text: str) -> None:
             self.bar.set_postfix_str(text, refresh=False)
@@ -164,6 +209,14 @@ class Lab:
         temporary.write_text(json.dumps(record))
         os.replace(temporary, path)  # a kill leaves no half result
         return record
+
+    def summary(self) -> list[Record]:
+        """All runs so far, without what there is of every step."""
+        long = ("task", "loss", "step_s", "optimizer_s")
+        return [
+            {"optimizer_ms": optimizer_ms([r])} | {k: v for k, v in r.items() if k not in long}
+            for r in self.records.values()
+        ]
 
 
 Runner = Callable[[Run], Record]
@@ -178,3 +231,9 @@ def optimizer_ms(records: Sequence[Record]) -> float:
     """Mean milliseconds of ``step()`` over all steps of ``records``."""
     times = [seconds for record in records for seconds in record["optimizer_s"]]
     return 1e3 * statistics.fmean(times) if times else math.nan
+
+
+def finite(results: Record) -> Record:
+    """``results`` as JSON can hold them: null for what is no finite number."""
+    copy: Record = json.loads(json.dumps(results), parse_constant=lambda name: None)
+    return copy

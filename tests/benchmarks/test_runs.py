@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +11,13 @@ import torch
 
 import asteria
 from benchmarks import runs
+from benchmarks.measurement import read_stats
 from benchmarks.runs import Lab, Run, Task
 from examples import train_gpt
+from tests.benchmarks.tiny import CORPUS, TASK, Bar, quiet
 
-TASK = Task(context=8, width=8, layers=1, heads=2, batch=2, windows=8, glance=4)
-CORPUS = train_gpt.load_corpus(Path(__file__))
 ADAMW = Run(optimizer="adamw", lr=1e-3, steps=4, warmup=2)
 SOAP = Run(optimizer="soap", preset="reference", lr=3e-3, steps=4, warmup=2)
-
-
-class Bar:
-    """Counts like a tqdm bar."""
-
-    def __init__(self, total: int) -> None:
-        self.n, self.total = 0, total
-
-    def update(self, steps: int = 1) -> None:
-        self.n += steps
-
-    def set_description(self, text: str) -> None: ...
-
-    def set_postfix_str(self, text: str, refresh: bool) -> None: ...
-
-
-def quiet(text: str) -> None:
-    """A listener of progress that does nothing."""
 
 
 def test_a_run_gives_the_same_bits_twice() -> None:
@@ -140,3 +122,46 @@ def test_results_of_another_version_are_counted(tmp_path: Path) -> None:
     later.source += 1
     later(SOAP), later(ADAMW)
     assert later.outdated == 1  # AdamW is torch's
+
+
+def test_a_frozen_run_is_the_same_until_then_and_refreshes_no_more() -> None:
+    run = replace(SOAP, steps=8, options=(("precondition_frequency", 1),))
+    whole = runs.execute(run, TASK, CORPUS, quiet)
+    frozen = runs.execute(replace(run, frozen_after=3), TASK, CORPUS, quiet)
+    assert whole["loss"][:4] == frozen["loss"][:4]
+    assert whole["loss"] != frozen["loss"]
+    assert frozen["stats"]["refreshes"] < whole["stats"]["refreshes"]
+
+
+def test_a_perturbed_run_starts_beside_the_same_weights() -> None:
+    first, second = SOAP.make_model(TASK), replace(SOAP, perturbation=1e-3).make_model(TASK)
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    distances = torch.cat([(p - q).flatten() for p, q in pairs])
+    assert distances.std().item() == pytest.approx(1e-3, rel=0.2)
+    assert distances.abs().max() < 1e-2
+
+
+def test_what_is_not_set_leaves_old_results_valid(tmp_path: Path) -> None:
+    """The name that this run had before there were fields for what it does not set."""
+    path = Lab(Task(text=7), CORPUS, tmp_path, Bar(0)).path(
+        Run(optimizer="soap", lr=1e-3, steps=300)
+    )
+    assert path.name == "soap_default_300steps_lr0.001_seed0_de99caf9d7.json"
+
+
+def test_statistics_become_json() -> None:
+    stats = runs.execute(SOAP, TASK, CORPUS, quiet)["stats"]
+    assert stats["steps"] == SOAP.steps
+    assert json.loads(json.dumps(stats)) == stats
+    assert runs.execute(ADAMW, TASK, CORPUS, quiet)["stats"] == {}
+
+    @dataclass
+    class Stats:
+        staleness: dict[tuple[int, int], dict[int, int]]
+        wait_s: float
+
+    class Stale:
+        def stats(self) -> Stats:
+            return Stats(staleness={(128, 512): {2: 40}}, wait_s=0.5)
+
+    assert read_stats(Stale()) == {"staleness": {"(128, 512)": {"2": 40}}, "wait_s": 0.5}
