@@ -63,6 +63,22 @@ def gpt_nano() -> ShapeTable:
     )
 
 
+def gpt_micro() -> ShapeTable:
+    """A GPT of width 64 with long embeddings: a round of refreshes takes ten times its update."""
+    width, context, vocabulary = 64, 512, 1536
+    attention = ((width, width),) * 4
+    mlp = ((4 * width, width), (width, 4 * width))
+    norms = ((width,),) * 2
+    return ShapeTable(
+        name="gpt-micro",
+        embeddings=((vocabulary, width), (context, width), (vocabulary, width)),
+        layer=(*attention, *mlp, *norms),
+        layers=2,
+        rest=((width,),),
+        max_precond_dim=10000,
+    )
+
+
 def gpt2() -> ShapeTable:
     """GPT-2 (124M) as published: 12 layers of width 768, fused q/k/v, biases, tied head."""
     width, context, vocabulary = 768, 1024, 50257
@@ -96,7 +112,7 @@ def llama_1b() -> ShapeTable:
     )
 
 
-TABLES = {table.name: table for table in (gpt_nano(), gpt2(), llama_1b())}
+TABLES = {table.name: table for table in (gpt_nano(), gpt_micro(), gpt2(), llama_1b())}
 
 
 def cut(table: ShapeTable, max_parameters: int) -> tuple[ShapeTable, str]:

@@ -11,7 +11,12 @@ ALL = list(TABLES.values())
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("gpt-nano", 869_504), ("gpt2", 124_439_808), ("llama-1b", 1_235_814_400)],
+    [
+        ("gpt-nano", 869_504),
+        ("gpt-micro", 328_000),
+        ("gpt2", 124_439_808),
+        ("llama-1b", 1_235_814_400),
+    ],
 )
 def test_the_totals_are_those_of_the_models(name: str, parameters: int) -> None:
     assert TABLES[name].parameters() == parameters
