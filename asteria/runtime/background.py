@@ -140,29 +140,30 @@ class BackgroundRefresher:
             blocks = slice(tile.start - chunk.start, tile.stop - chunk.start)
             part = {name: tensor[blocks] for name, tensor in state.items()} if landings else {}
             for landing in landings:
-                fresh = self._stager.on_device(landing.flight, device)
-                pair = (scratch[0][blocks], scratch[1][blocks])
-                chunk.extent.rule.rotate_(part, fresh, scratch=pair, gate=None, bound=bound)
-                for mode, basis in enumerate(fresh):
-                    if basis is not None:
-                        part[f"basis_{mode}"].copy_(basis)
+                if len(landing.outcome.kept) < landing.outcome.count:
+                    fresh = self._stager.on_device(landing.flight, device)
+                    pair = (scratch[0][blocks], scratch[1][blocks])
+                    chunk.extent.rule.rotate_(part, fresh, scratch=pair, gate=None, bound=bound)
+                    for mode, basis in enumerate(fresh):
+                        if basis is not None:
+                            part[f"basis_{mode}"].copy_(basis)
                 self._landed(unit, landing)
 
     def _landed(self, unit: Unit, landing: _Landing) -> None:
         flight, outcome = landing
         self.pipeline.land(unit, flight)
+        self._stager.drop(flight)
         if self._trace is not None and flight.job.worker:
             job = flight.job
             self._trace.span(job.worker, job.name, job.started_ns, job.ended_ns)
         self._counters.worker_s += flight.job.wall_s
-        reasons = [reason for found in outcome.failures for reason in found.kept.values()]
-        bases = sum(len(basis) for basis in outcome.bases if basis is not None)
-        self._counters.refreshes += bases
-        self._counters.installs += bases - len(reasons)
+        reasons = outcome.kept
+        self._counters.refreshes += outcome.count
+        self._counters.installs += outcome.count - len(reasons)
         self._counters.retried_refreshes += sum(found.retried for found in outcome.failures)
         memory = self._units[unit]
         memory.turned = outcome.turned
-        if len(reasons) < bases:
+        if len(reasons) < outcome.count:
             self._units.replaced(unit, flight.version, last_use=unit.record.steps)
         else:
             memory.attempted = flight.version

@@ -25,6 +25,16 @@ class Refreshed:
     turned: float
     """How far the columns have turned: 1 - cos^2 of the angle, mean over all columns, 0 to 1."""
 
+    @property
+    def count(self) -> int:
+        """Bases in all."""
+        return sum(len(basis) for basis in self.bases if basis is not None)
+
+    @property
+    def kept(self) -> list[str]:
+        """Why bases are those of the snapshot, one reason for each."""
+        return [reason for found in self.failures for reason in found.kept.values()]
+
 
 def refresh_job(
     link: Link,

@@ -160,6 +160,22 @@ def test_a_basis_that_was_kept_is_not_called_fresh(name: str, sick: list[int]) -
     assert len(workers.submitted) - launched == 2, "every period, not at every step"
 
 
+def test_a_failure_does_not_bring_an_older_basis_back(sick: list[int]) -> None:
+    """With a delay of several periods, a newer one is in use than the snapshot had."""
+    runtime = RuntimeConfig(staleness=7, max_failures=1000)
+    optimizer, workers = manual(build("SOAP", runtime, [(6, 4)]))
+    train(optimizer, range(GROWN + 20))
+    workers.run_all()
+    sick += [6, 4]
+    with pytest.warns(RuntimeWarning, match="stays in use"):
+        train(optimizer, range(GROWN + 20, GROWN + 60))
+    (state,) = optimizer.state.values()
+    before = {key: state[key].clone() for key in ("basis_0", "basis_1")}
+    train(optimizer, range(GROWN + 60, GROWN + 75))
+    assert_same_bits({key: state[key] for key in before}, before)
+    assert versions(optimizer)[0][0] > GROWN
+
+
 def test_the_parameter_that_failed_is_named() -> None:
     named = list(zip(("good", "fine", "bad"), parameters([(6, 4)] * 3), strict=True))
     runtime = RuntimeConfig(refresh="sync", max_failures=3)
