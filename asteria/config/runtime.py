@@ -85,7 +85,8 @@ class RuntimeConfig:
     staleness: int = 2
     """S, in steps: an asynchronous refresh from the factors of step t is first used by step
     t + S + 1 at the latest; the step waits for it if need be. A synchronous one is first used by
-    step t + 1, and so is an asynchronous one with S = 0.
+    step t + 1, and so is an asynchronous one with S = 0. With ``start="fresh"`` S is 0 for factors
+    that are young, as long as no early refresh is left out.
     """
     install: Literal["scheduled", "ready"] = "scheduled"
     """`"scheduled"`: exactly S steps after the launch, so that results do not depend on the host's
