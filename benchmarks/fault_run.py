@@ -232,11 +232,21 @@ class Training:
                 raise LoopFault
             if self._happens(GRADIENT, step):
                 self._poison()
-            self.calls += 1
-            self._unchanged_if_raised(self.optimizer.step)
-        except (LoopFault, WorkerFault, asteria.RefreshError) as error:
+            while not self._took_step():
+                pass
+        except LoopFault as error:
             self.caught[type(error).__name__] += 1
         self.optimizer.zero_grad()
+
+    def _took_step(self) -> bool:
+        """Whether step() came through; where a worker's error came out, nothing has changed."""
+        self.calls += 1
+        try:
+            self._unchanged_if_raised(self.optimizer.step)
+        except (WorkerFault, asteria.RefreshError) as error:
+            self.caught[type(error).__name__] += 1
+            return False
+        return True
 
     def _poison(self) -> None:
         """Spoil one element of one gradient."""
