@@ -113,7 +113,9 @@ class Engine:
     def stats(self) -> Stats:
         """What was done so far; waits for the device."""
         self.settle()
-        return summarize(self._counters, self._units, self._inline, self._background)
+        return summarize(
+            self._counters, self._units, self._inline, self._background, self._governor
+        )
 
     def accepts(
         self, names: list[str], gradients: list[Tensor], *, ready: bool
@@ -161,12 +163,8 @@ class Engine:
         work = [chunk for extent in self._extents.values() for chunk in chunks(extent, updates)]
         if self._background is not None and self._background.has_landings:
             for chunk in work:
-                self._background.install_(
-                    chunk,
-                    chunk.state,
-                    self._pair(chunk),
-                    bound=_bound(self._config.start, chunk.hyper),
-                )
+                bound = _bound(self._config.start, chunk.hyper)
+                self._background.install_(chunk, chunk.state, self._pair(chunk), bound=bound)
         installed, installs = self._clock(), self._counters.installs - installs
         self._counters.install_s += installed - begin
         undos = [self._units.begin_step()]

@@ -68,7 +68,7 @@ class Governor:
         self._parameters = parameters
         self._price_young_rounds(groups)
         if "auto" in periods and self._measured_steps >= _DECIDE_AFTER:
-            period = self._affordable_period()
+            period = self.affordable_period()
             for group in groups:
                 if period and group["precondition_frequency"] == "auto":
                     group["precondition_frequency"] = period
@@ -85,8 +85,8 @@ class Governor:
                     f"each would decide for itself, and their weights would drift apart; {instead}"
                 )
 
-    def _affordable_period(self) -> int:
-        """Smallest period that can be sustained, 0 if not enough is known."""
+    def affordable_period(self) -> int:
+        """Smallest period that the host can sustain, 0 if not enough is known."""
         pace = self.pace
         if self._jobs:
             if pace.seen_units < min(len(self._units), 1 + len(self._units) // 2):
@@ -135,7 +135,7 @@ class Governor:
         share = self.pace.waiting_share
         if not self._warned and share > _WAITING_SHARE and self._waited_s > _WAITING_S:
             self._warned = True
-            period = self._affordable_period()
+            period = self.affordable_period()
             advice = (
                 f"It could sustain precondition_frequency={period}"
                 if period > self._period

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asteria.runtime.background import BackgroundRefresher
+from asteria.runtime.governor import Governor
 from asteria.runtime.inline import InlineRefresher
 from asteria.runtime.units import Units
 from asteria.telemetry.counters import Counters, Stats
@@ -15,6 +16,7 @@ def summarize(
     units: Units,
     inline: InlineRefresher,
     background: BackgroundRefresher | None,
+    governor: Governor,
 ) -> Stats:
     """What was done so far; waits for the devices' counters."""
     failures = dict(counted.failures)
@@ -39,5 +41,6 @@ def summarize(
         install_s=counted.install_s,
         worker_s=counted.worker_s,
         host_utilization=background.utilization() if background else 0.0,
+        sustainable_period=governor.affordable_period(),
         young_rounds=len(counted.young_steps),
     )

@@ -68,6 +68,9 @@ class Stats:
     """Seconds that worker threads spent on refreshes that were installed."""
     host_utilization: float
     """The same as a share of the workers' time since the first launch."""
+    sustainable_period: int
+    """Smallest precondition_frequency that the host could sustain, by what refreshes have cost so
+    far; 0 as long as too little is known. The one in use stands in the parameter groups."""
     young_rounds: int
     """Steps whose refreshes were computed at once because the factors were young."""
 

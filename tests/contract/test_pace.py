@@ -87,6 +87,7 @@ def test_auto_takes_the_smallest_period_that_the_host_sustains() -> None:
     assert optimizer.param_groups[0]["precondition_frequency"] == "auto"
     steps(optimizer, params, clock, range(20, 40))
     # Two matrices of 3 s each, steps of 1 s, half of one worker's time.
+    assert optimizer.stats().sustainable_period == 12
     assert optimizer.param_groups[0]["precondition_frequency"] == 12
 
 
