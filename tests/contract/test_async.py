@@ -346,4 +346,4 @@ def test_moments_are_carried_along_in_the_step_of_the_install(name: str) -> None
         installs += versions(twin) != versions(optimizer)
         actual, expected = {"": momentum(twin)}, {"": 0.75 * momentum(optimizer)}
         assert_near(actual, expected, SAME_MATH, p.dtype)
-    assert installs >= 2
+    assert installs == 2
