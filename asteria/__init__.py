@@ -3,6 +3,7 @@
 Replace ``torch.optim.AdamW`` by `SOAP`, `KLShampoo` or `KLSOAP`; nothing else changes.
 """
 
+from asteria.checkpoint.slim import slim
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import (
     AsteriaError,
@@ -12,8 +13,13 @@ from asteria.errors import (
     NonFiniteGradientError,
     ParameterChangedError,
     RefreshError,
+    StoreCorruptError,
+    StoreError,
+    StoreFullError,
 )
 from asteria.optim.kl import KLSOAP, KLShampoo
+from asteria.optim.logging import logging_dict
+from asteria.optim.planning import plan
 from asteria.optim.soap import SOAP
 from asteria.version import __version__
 
@@ -29,5 +35,11 @@ __all__ = [
     "ParameterChangedError",
     "RefreshError",
     "RuntimeConfig",
+    "StoreCorruptError",
+    "StoreError",
+    "StoreFullError",
     "__version__",
+    "logging_dict",
+    "plan",
+    "slim",
 ]

@@ -6,6 +6,9 @@ AsteriaError
 │   └── NonFiniteGradientError        ... because it holds inf or nan
 ├── ParameterChangedError             a parameter no longer fits the state that was made for it
 ├── RefreshError (RuntimeError)       an eigenbasis could not be computed
+├── StoreError (RuntimeError)         state could not be moved between tiers
+│   ├── StoreFullError                ... because there is no room on a tier
+│   └── StoreCorruptError             ... because what came back is not what was written
 └── CheckpointError (ValueError)      a state that does not belong to these parameters
 
 A message says what was asked, what was found and what to change.
@@ -19,6 +22,9 @@ __all__ = [
     "NonFiniteGradientError",
     "ParameterChangedError",
     "RefreshError",
+    "StoreCorruptError",
+    "StoreError",
+    "StoreFullError",
 ]
 
 
@@ -44,6 +50,18 @@ class ParameterChangedError(AsteriaError, RuntimeError):
 
 class RefreshError(AsteriaError, RuntimeError):
     """An eigenbasis could not be computed, in float64 neither."""
+
+
+class StoreError(AsteriaError, RuntimeError):
+    """State could not be moved between tiers."""
+
+
+class StoreFullError(StoreError):
+    """There is no room on a tier; what it holds is as it was."""
+
+
+class StoreCorruptError(StoreError):
+    """What came back from a tier is not what was written."""
 
 
 class CheckpointError(AsteriaError, ValueError):

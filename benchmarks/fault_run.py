@@ -273,7 +273,9 @@ class Training:
     def _versions(self) -> list[int]:
         """How often each weight and each tensor of the state was written to."""
         parameters = list(self.model.parameters())
-        state = (t for p in parameters for t in self.optimizer.state.get(p, {}).values())
+        entries = (self.optimizer.state.get(p, {}) for p in parameters)
+        # To read what is in flight is to wait for it.
+        state = (own[key] for own in entries for key in own if not key.startswith("shadow_"))
         return [tensor._version for tensor in (*parameters, *state)]
 
     def _reload(self) -> None:

@@ -128,11 +128,9 @@ def make_optimizer(name: str, model: nn.Module, **options: Any) -> torch.optim.O
     return kind(model.parameters(), **options)
 
 
-def closing(optimizer: Any) -> contextlib.AbstractContextManager[Any]:
-    """Ends the threads of ``optimizer`` with the block; torch's optimizers have none."""
-    if hasattr(optimizer, "close"):
-        return contextlib.closing(optimizer)
-    return contextlib.nullcontext()
+def closing(thing: Any) -> contextlib.AbstractContextManager[Any]:
+    """Ends the threads of an optimizer with the block; torch's optimizers have none."""
+    return contextlib.closing(thing) if hasattr(thing, "close") else contextlib.nullcontext()
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
@@ -163,7 +161,9 @@ def load(path: Path, run: dict[str, Any], parts: dict[str, Any]) -> dict[str, An
     return saved["curves"]
 
 
-def train(run: dict[str, Any], corpus: tuple[Tensor, Tensor], path: Path) -> dict[str, Any]:
+def train(
+    run: dict[str, Any], corpus: tuple[Tensor, Tensor], path: Path, logs: Path | None = None
+) -> dict[str, Any]:
     """Train what ``run`` describes, from its checkpoint at ``path`` on; returns its curves."""
     torch.manual_seed(run["seed"])
     model, context = GPT(**MODEL), MODEL["context"]
@@ -176,7 +176,12 @@ def train(run: dict[str, Any], corpus: tuple[Tensor, Tensor], path: Path) -> dic
     starts = batch_starts(corpus[0], run["steps"], BATCH, context, run["seed"])
     done, label = len(curves["loss"]), OPTIMIZERS[run["optimizer"]][0]
     bar = tqdm(range(done, run["steps"]), f"{label:10}", run["steps"], initial=done)
-    with closing(optimizer):
+    board = None
+    if logs:
+        from torch.utils.tensorboard import SummaryWriter  # here, because tensorboard is an extra
+
+        board = SummaryWriter(str(logs / run["optimizer"]), purge_step=done)
+    with closing(optimizer), closing(board):
         for step in bar:
             begin = time.perf_counter()
             loss = model(*windows(corpus[0], starts[step], context))
@@ -189,9 +194,12 @@ def train(run: dict[str, Any], corpus: tuple[Tensor, Tensor], path: Path) -> dic
             curves["loss"].append(loss.item())
             curves["step_s"].append(end - begin)
             curves["optimizer_s"].append(end - middle)
-            bar.set_postfix_str(
-                f"loss {loss.item():.3f}, {1e3 * (end - begin):.0f} ms/step", refresh=False
-            )
+            shown = f"loss {loss.item():.3f}, {1e3 * (end - begin):.0f} ms/step"
+            bar.set_postfix_str(shown, refresh=False)
+            if board:
+                scalars = {"loss": loss.item()} | (asteria.logging_dict(optimizer) if own else {})
+                for name, value in scalars.items():
+                    board.add_scalar(name, value, step)
             last = step + 1 == run["steps"]
             if last or (step + 1) % EVALUATE_EVERY == 0:
                 point = evaluate(model, corpus[1], context, GLANCE)
@@ -263,6 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--lr", nargs="+", default=[], metavar="NAME=VALUE")  # peak learning rates
     add("--text", type=Path)  # a file to learn instead of the standard library
     add("--out", type=Path, default=Path("runs"))  # checkpoints and loss.png
+    add("--tensorboard", type=Path)  # a folder to log to; needs tensorboard
     add("--steps", type=int, default=300)  # a fifth of them warm-up
     add("--seed", type=int, default=0)  # of the first weights and of the batches
     add("--period", type=int, default=10)  # steps between two refreshes of an eigenbasis
@@ -273,9 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--lr knows {', '.join(OPTIMIZERS)}; found {', '.join(args.lr)}")
     corpus = load_corpus(args.text)
     if len(corpus[1]) <= MODEL["context"] + 1:
-        parser.error(
-            f"--text: {len(corpus[1])} bytes to validate on are too few, give a longer text"
-        )
+        parser.error(f"--text: {len(corpus[1])} bytes to validate on are too few, give more text")
     run = MODEL | {"batch": BATCH, "text": zlib.crc32(torch.cat(corpus).numpy().tobytes())}
     run |= {"steps": args.steps, "warmup": max(1, args.steps // 5)}
     run |= {"seed": args.seed, "period": args.period}
@@ -283,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {}
     for name in args.optimizers:
         this = run | {"optimizer": name, "lr": rates[name]}
-        results[name] = train(this, corpus, args.out / f"{name}.pt")
+        results[name] = train(this, corpus, args.out / f"{name}.pt", args.tensorboard)
     print_table(results)
     plot(results, args.out / "loss.png")
     print(f"\nCurves: {args.out / 'loss.png'}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from asteria.algorithms.algorithm import BlockShape, BlockState, Pair
+from asteria.algorithms.algorithm import BlockShape, BlockState, Contribution, Pair
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.linalg.modes import replace_
-from asteria.store.stack import FieldSpec
+from asteria.store.layout import FieldSpec
 
 __all__ = ["AdamW", "adam_update_", "bias_correction", "bound_ratio_", "ema_", "largest_ratio"]
 
@@ -119,6 +121,7 @@ class AdamW:
     has_bases = False
     squeezes = True
     sorts_columns = False
+    rows_alike = True
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """Two moments."""
@@ -143,7 +146,7 @@ class AdamW:
         )
         return update, bias_correction(hyper, step)
 
-    def accumulate_(
+    def contributions(
         self,
         state: BlockState,
         gradient: Tensor,
@@ -151,8 +154,13 @@ class AdamW:
         *,
         scratch: Pair,
         gate: Tensor | None,
-    ) -> None:
-        """Nothing: there are no factors."""
+    ) -> Iterator[Contribution]:
+        """None: there are no factors."""
+        return iter(())
+
+    def contributed_tensors(self, block: BlockShape) -> int:
+        """None."""
+        return 0
 
     def rotate_(
         self,
@@ -164,3 +172,6 @@ class AdamW:
         bound: float | None = None,
     ) -> None:
         """Nothing: there is no basis."""
+
+    def project_moments_(self, state: BlockState, *, scratch: Pair, bound: float) -> None:
+        """Nothing: the moments are in the parameter's space."""

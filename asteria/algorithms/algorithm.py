@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from asteria.config.hyperparameters import Hyperparameters
-from asteria.store.stack import FieldSpec
+from asteria.linalg.modes import decay_gram_
+from asteria.store.layout import FieldSpec, Life
 
-__all__ = ["Algorithm", "BlockShape", "BlockState", "Pair", "bases", "factors"]
+__all__ = [
+    "Algorithm",
+    "BlockShape",
+    "BlockState",
+    "Contribution",
+    "Pair",
+    "accumulate_",
+    "bases",
+    "fold_",
+]
 
 BlockState = Mapping[str, Tensor]
 """The fields of b stacked blocks, by name; every tensor is (b, *shape of the field)."""
 
 Pair = tuple[Tensor, Tensor]
 """Two scratch tensors of the gradient's shape (b, d_0, ..., d_{r-1})."""
+
+
+class Contribution(NamedTuple):
+    """A factor becomes beta times itself plus ``weight`` X_(k) X_(k)^T, k the ``mode``."""
+
+    mode: int
+    x: Tensor
+    """(b, d_0, ..., d_{r-1})."""
+    weight: float
+    again: bool = False
+    """Whether ``x`` has the values of the contribution before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +58,36 @@ class BlockShape:
     def factor_fields(self) -> tuple[FieldSpec, ...]:
         """Factor and eigenbasis of every factored mode, (n, n) each."""
         return tuple(
-            FieldSpec(f"{kind}_{mode}", (size, size), by_columns=kind == "basis")
-            for kind in ("factor", "basis")
+            FieldSpec(f"{kind}_{mode}", (size, size), by_columns=life is Life.BASIS, life=life)
+            for kind, life in (("factor", Life.SUM), ("basis", Life.BASIS))
             for mode, (size, factored) in enumerate(zip(self.dims, self.factored, strict=True))
             if factored
         )
 
 
-def factors(state: BlockState, rank: int) -> list[Tensor | None]:
-    """The factor (b, d_k, d_k) of every mode, None where there is none."""
-    return [state.get(f"factor_{mode}") for mode in range(rank)]
-
-
 def bases(state: BlockState, rank: int) -> list[Tensor | None]:
     """The eigenbasis (b, d_k, d_k) of every mode, None where there is none."""
     return [state.get(f"basis_{mode}") for mode in range(rank)]
+
+
+def accumulate_(
+    rule: Algorithm,
+    state: BlockState,
+    gradient: Tensor,
+    hyper: Hyperparameters,
+    *,
+    scratch: Pair,
+    gate: Tensor | None,
+) -> None:
+    """Fold the gradient into the factors, in place; arguments as in `Algorithm.direction_`."""
+    for given in rule.contributions(state, gradient, hyper, scratch=scratch, gate=gate):
+        fold_(state, given, hyper.shampoo_beta, gate)
+
+
+def fold_(state: BlockState, given: Contribution, beta: float, gate: Tensor | None) -> None:
+    """Fold one contribution into its factor, in place, unless ``gate`` is 0."""
+    factor = state[f"factor_{given.mode}"]
+    decay_gram_(factor, given.x, given.mode, beta=beta, weight=given.weight, gate=gate)
 
 
 class Algorithm(Protocol):
@@ -70,6 +106,9 @@ class Algorithm(Protocol):
     """Whether it takes tensors with fewer than two dims above 1 for vectors."""
     sorts_columns: bool
     """Whether a refresh orders the eigenbasis' columns by eigenvalue."""
+
+    rows_alike: bool
+    """Whether the rows of a block without a factor for them can be updated one after the other."""
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """The state of one block."""
@@ -92,7 +131,7 @@ class Algorithm(Protocol):
         ``step`` counts from 1.
         """
 
-    def accumulate_(
+    def contributions(
         self,
         state: BlockState,
         gradient: Tensor,
@@ -100,8 +139,15 @@ class Algorithm(Protocol):
         *,
         scratch: Pair,
         gate: Tensor | None,
-    ) -> None:
-        """Fold the gradient into the factors."""
+    ) -> Iterator[Contribution]:
+        """What the gradient adds to the factors; all of them must be taken.
+
+        Each is valid until the next is asked for. Advances all other statistics, and does not look
+        at the factors, which may be elsewhere.
+        """
+
+    def contributed_tensors(self, block: BlockShape) -> int:
+        """Different tensors among the contributions of a step."""
 
     def rotate_(
         self,
@@ -116,4 +162,11 @@ class Algorithm(Protocol):
 
         ``fresh[k]`` (b, d_k, d_k) is None for a mode without a basis; the state's bases stay. The
         second moment is lifted where the first is more than ``bound`` times its root.
+        """
+
+    def project_moments_(self, state: BlockState, *, scratch: Pair, bound: float) -> None:
+        """Carry a first moment in the parameter's space over to the state's bases.
+
+        They have been made from one gradient, columns by decreasing eigenvalue. ``bound`` as in
+        `rotate_`.
         """

@@ -9,16 +9,29 @@ identity as basis: its eigenvalues precondition it by index.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from asteria.algorithms.adam import ema_
-from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, bases
-from asteria.algorithms.rotated_adam import moment_fields, rotate_moments_, rotated_update_
+from asteria.algorithms.algorithm import (
+    BlockShape,
+    BlockState,
+    Contribution,
+    Pair,
+    bases,
+    fold_,
+)
+from asteria.algorithms.rotated_adam import (
+    moment_fields,
+    project_moments_,
+    rotate_moments_,
+    rotated_update_,
+)
 from asteria.config.hyperparameters import Hyperparameters
-from asteria.linalg.modes import decay_gram_, replace_, scale_modes_, transform
-from asteria.store.stack import FieldSpec
+from asteria.linalg.modes import replace_, scale_modes_, transform
+from asteria.store.layout import FieldSpec
 
 __all__ = ["KLSOAP", "KLShampoo"]
 
@@ -32,24 +45,34 @@ class _KullbackLeibler:
     has_bases = True
     squeezes = True
     sorts_columns = False
+    rows_alike = False
 
     def begin_(self, state: BlockState, gradient: Tensor, hyper: Hyperparameters) -> None:
-        """Unwhitened factors of the first gradient; constant first eigenvalues."""
+        """Unwhitened factors of the first gradient; constant eigenvalues, if none are there."""
         rank = gradient.dim() - 1
         scaled = gradient
         if hyper.init_factor is None:
             _take_scale_(state, gradient, None)
             # Whitened, so that the first contribution weighs as much as the following ones.
-            whiten = state["inverse_root_0"][:, :1] ** (rank - 1)
+            typical = state["inverse_root_0"].median(-1, keepdim=True).values
+            whiten = typical ** (rank - 1)
             scaled = scale_modes_(gradient.clone(), [whiten])
         else:
-            state["eigenvalue_scale"].fill_(_PUBLISHED_EIGENVALUE)
+            waiting = state["eigenvalue_scale"] == 0
+            state["eigenvalue_scale"].masked_fill_(waiting, _PUBLISHED_EIGENVALUE)
             for mode in range(rank):
-                state[f"inverse_root_{mode}"].fill_(hyper.init_factor**-0.5)
-        for mode in range(rank):
-            _fold_factor_(state, scaled, mode, hyper, gate=None)
+                root = state[f"inverse_root_{mode}"]
+                root.masked_fill_(waiting.unsqueeze(-1), hyper.init_factor**-0.5)
+        for mode, basis in enumerate(bases(state, rank)):
+            if basis is not None:
+                given = _contribution(scaled, mode, hyper)
+                fold_(state, given, hyper.shampoo_beta, None)
 
-    def accumulate_(
+    def contributed_tensors(self, block: BlockShape) -> int:
+        """The gradient whitened on the other modes, for each factor."""
+        return sum(block.factored)
+
+    def contributions(
         self,
         state: BlockState,
         gradient: Tensor,
@@ -57,8 +80,8 @@ class _KullbackLeibler:
         *,
         scratch: Pair,
         gate: Tensor | None,
-    ) -> None:
-        """Fold the gradient, whitened on all other modes, into the factor of every mode.
+    ) -> Iterator[Contribution]:
+        """The gradient, whitened on all other modes, to the factor of every mode.
 
         S_k <- beta S_k + (1 - beta) d_k/N W_k W_k^T, where W_k is the unfolding of the gradient
         multiplied by s_j Q_j^T on every mode j other than k; and
@@ -85,14 +108,14 @@ class _KullbackLeibler:
                 spectrum = spectrum + damping
             new[mode] = _next_root(state, old[mode], spectrum, hyper)
         for mode in reversed(range(last + 1)):
-            if f"factor_{mode}" in state:
+            if basis[mode] is not None:
                 others = [None if j == mode else q for j, q in enumerate(basis)]
                 if mode != last:
                     partial = transform(gradient, others, scratch, transpose=True)
                     if partial is gradient:
                         partial = scratch[0].copy_(gradient)
                 scales = _seen_by_factor(old, new, mode)
-                _fold_factor_(state, scale_modes_(partial, scales), mode, hyper, gate=gate)
+                yield _contribution(scale_modes_(partial, scales), mode, hyper)
         for mode, root in enumerate(new):
             replace_(state[f"inverse_root_{mode}"], root, gate)
 
@@ -140,6 +163,10 @@ class KLShampoo(_KullbackLeibler):
     ) -> None:
         """Nothing: the moment is in the parameter's space, eigenvalues stay with their columns."""
 
+    def project_moments_(self, state: BlockState, *, scratch: Pair, bound: float) -> None:
+        """Nothing, for the moment is in the parameter's space; the eigenvalues are put in order."""
+        _rank_roots_(state)
+
 
 class KLSOAP(_KullbackLeibler):
     """Adam, without bias correction, in the eigenbases of the Kullback-Leibler factors."""
@@ -176,10 +203,23 @@ class KLSOAP(_KullbackLeibler):
         """The first moment is rotated; the second stays with its columns (contract C4)."""
         rotate_moments_(state, fresh, scratch=scratch, gate=gate, bound=bound)
 
+    def project_moments_(self, state: BlockState, *, scratch: Pair, bound: float) -> None:
+        """The first moment is rotated, the second keeps its spectrum."""
+        project_moments_(state, scratch=scratch, bound=bound)
+        _rank_roots_(state)
+
 
 def _kl_fields(block: BlockShape) -> tuple[FieldSpec, ...]:
     roots = (FieldSpec(f"inverse_root_{mode}", (size,)) for mode, size in enumerate(block.dims))
     return (*block.factor_fields(), *roots, FieldSpec("eigenvalue_scale", ()))
+
+
+def _rank_roots_(state: BlockState) -> None:
+    """Eigenvalues whose basis is gone in order, the largest first, as bases have their columns."""
+    for mode, basis in enumerate(bases(state, state["exp_avg"].dim() - 1)):
+        if basis is not None:
+            root = state[f"inverse_root_{mode}"]
+            root.copy_(root.sort(-1).values)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -203,14 +243,9 @@ def _take_scale_(state: BlockState, gradient: Tensor, gate: Tensor | None) -> No
         root.copy_(torch.where(waiting.unsqueeze(-1), first_root, root))
 
 
-def _fold_factor_(
-    state: BlockState, whitened: Tensor, mode: int, hyper: Hyperparameters, *, gate: Tensor | None
-) -> None:
-    factor = state.get(f"factor_{mode}")
-    if factor is not None:
-        beta = hyper.shampoo_beta
-        weight = (1 - beta) * factor.shape[-1] / whitened[0].numel()
-        decay_gram_(factor, whitened, mode, beta=beta, weight=weight, gate=gate)
+def _contribution(whitened: Tensor, mode: int, hyper: Hyperparameters) -> Contribution:
+    weight = (1 - hyper.shampoo_beta) * whitened.shape[mode + 1] / whitened[0].numel()
+    return Contribution(mode, whitened, weight)
 
 
 def _damping(roots: list[Tensor], hyper: Hyperparameters) -> list[Tensor | None]:

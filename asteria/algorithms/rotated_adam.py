@@ -8,9 +8,9 @@ from asteria.algorithms.adam import adam_update_, bound_ratio_
 from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, bases
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.linalg.modes import change_basis_, transform
-from asteria.store.stack import FieldSpec
+from asteria.store.layout import FieldSpec
 
-__all__ = ["moment_fields", "rotate_moments_", "rotated_update_"]
+__all__ = ["moment_fields", "project_moments_", "rotate_moments_", "rotated_update_"]
 
 
 def moment_fields(block: BlockShape) -> tuple[FieldSpec, ...]:
@@ -56,3 +56,28 @@ def rotate_moments_(
     if bound is not None:
         moments = state["exp_avg"], state["exp_avg_sq"]
         bound_ratio_(*moments, bound, out=scratch[0], gate=gate)
+
+
+def project_moments_(state: BlockState, *, scratch: Pair, bound: float) -> None:
+    """The first moment is rotated from the parameter's space into the state's bases.
+
+    The second has lost its basis: what is left is its spectrum. Its rows and columns are put in
+    order of their means, the largest first, as new bases have their columns by decreasing
+    eigenvalue. (Rotating it by squares flattens it, and was measured far worse.)
+    Arguments as in `Algorithm.project_moments_`.
+    """
+    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+    basis = bases(state, exp_avg.dim() - 1)
+    change_basis_(exp_avg, [None] * len(basis), basis, scratch, None)
+    for mode, q in enumerate(basis):
+        if q is not None:
+            exp_avg_sq.copy_(_by_rank(exp_avg_sq, mode))
+    bound_ratio_(exp_avg, exp_avg_sq, bound, out=scratch[0], gate=None)
+
+
+def _by_rank(x: Tensor, mode: int) -> Tensor:
+    """``x`` (b, d_0, ...) with its slices along ``mode`` by decreasing sum."""
+    others = [dim for dim in range(1, x.dim()) if dim != mode + 1]
+    sums = x.sum(others, keepdim=True) if others else x
+    order = sums.argsort(dim=mode + 1, descending=True, stable=True)
+    return x.take_along_dim(order, mode + 1)

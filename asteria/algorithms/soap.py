@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from asteria.algorithms.adam import bias_correction
-from asteria.algorithms.algorithm import BlockShape, BlockState, Pair, factors
-from asteria.algorithms.rotated_adam import moment_fields, rotate_moments_, rotated_update_
+from asteria.algorithms.algorithm import (
+    BlockShape,
+    BlockState,
+    Contribution,
+    Pair,
+    bases,
+    fold_,
+)
+from asteria.algorithms.rotated_adam import (
+    moment_fields,
+    project_moments_,
+    rotate_moments_,
+    rotated_update_,
+)
 from asteria.config.hyperparameters import Hyperparameters
-from asteria.linalg.modes import decay_gram_
-from asteria.store.stack import FieldSpec
+from asteria.store.layout import FieldSpec
 
 __all__ = ["SOAP"]
 
@@ -21,6 +34,7 @@ class SOAP:
     has_bases = True
     squeezes = False
     sorts_columns = True
+    rows_alike = True
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """Two moments of the block's dims, factor and eigenbasis of each factored mode."""
@@ -28,7 +42,8 @@ class SOAP:
 
     def begin_(self, state: BlockState, gradient: Tensor, hyper: Hyperparameters) -> None:
         """Factors of the first gradient, begun at zero."""
-        _fold_(state, gradient, hyper, gate=None)
+        for given in _contributions(state, gradient, hyper):
+            fold_(state, given, hyper.shampoo_beta, None)
 
     def direction_(
         self,
@@ -44,7 +59,7 @@ class SOAP:
         update = rotated_update_(state, gradient, hyper, scratch=scratch, gate=gate)
         return update, bias_correction(hyper, step)
 
-    def accumulate_(
+    def contributions(
         self,
         state: BlockState,
         gradient: Tensor,
@@ -52,9 +67,13 @@ class SOAP:
         *,
         scratch: Pair,
         gate: Tensor | None,
-    ) -> None:
-        """Fold G_(k) G_(k)^T into the factor of every mode."""
-        _fold_(state, gradient, hyper, gate=gate)
+    ) -> Iterator[Contribution]:
+        """G_(k) G_(k)^T to the factor of every mode."""
+        return _contributions(state, gradient, hyper)
+
+    def contributed_tensors(self, block: BlockShape) -> int:
+        """The gradient, for all modes."""
+        return 1
 
     def rotate_(
         self,
@@ -68,11 +87,14 @@ class SOAP:
         """The first moment is rotated; the second stays with its columns (contract C4)."""
         rotate_moments_(state, fresh, scratch=scratch, gate=gate, bound=bound)
 
+    def project_moments_(self, state: BlockState, *, scratch: Pair, bound: float) -> None:
+        """The first moment is rotated, the second keeps its spectrum."""
+        project_moments_(state, scratch=scratch, bound=bound)
 
-def _fold_(
-    state: BlockState, gradient: Tensor, hyper: Hyperparameters, *, gate: Tensor | None
-) -> None:
-    beta = hyper.shampoo_beta
-    for mode, factor in enumerate(factors(state, gradient.dim() - 1)):
-        if factor is not None:
-            decay_gram_(factor, gradient, mode, beta=beta, weight=1 - beta, gate=gate)
+
+def _contributions(
+    state: BlockState, gradient: Tensor, hyper: Hyperparameters
+) -> Iterator[Contribution]:
+    factored = [m for m, q in enumerate(bases(state, gradient.dim() - 1)) if q is not None]
+    for mode in factored:
+        yield Contribution(mode, gradient, 1 - hyper.shampoo_beta, again=mode != factored[0])

@@ -36,10 +36,6 @@ _CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
 }
 # Fields whose only built value is None.
 _LATER = (
-    "device_budget",
-    "host_budget",
-    "nvme_budget",
-    "nvme_path",
     "process_group",
     "node_size",
 )
@@ -53,7 +49,8 @@ def parse_bytes(text: int | str) -> int:
     if isinstance(text, int) and not isinstance(text, bool):
         size = text
     else:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?i?B|)\s*", str(text))
+        written = text if isinstance(text, str) else ""
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?i?B|)\s*", written)
         if match is None or match[2] not in _UNITS:
             raise ConfigError(
                 f"a number of bytes was asked for, found {text!r}: "
@@ -107,13 +104,20 @@ class RuntimeConfig:
     max_failures: int = 10
     """Refreshes of one block that may fail in a row before step() raises RefreshError."""
     device_budget: int | str | None = None
-    """Bytes of state on the device: not available in this version (all of it is there)."""
+    """Bytes of state on an accelerator, an int or a text such as ``"8GiB"``; None is what is free,
+    less a reserve. What flows through a step counts, but is never less than a step needs at once.
+    """
     host_budget: int | str | None = None
-    """Bytes of state in pinned host memory: not available in this version."""
+    """Bytes of state in host memory, which is pinned beside an accelerator; None is what is free,
+    less a reserve. Where the parameters are in host memory, or share it with the device, there is
+    one budget: this and ``device_budget``, if given, together.
+    """
     nvme_budget: int | str | None = None
-    """Bytes of state on NVMe: not available in this version."""
-    nvme_path: str | None = None
-    """Folder of the NVMe tier: not available in this version."""
+    """Bytes of state on NVMe, if there is an ``nvme_path``; None is what is free there."""
+    nvme_path: str | os.PathLike[str] | None = None
+    """Folder for state that fits nowhere else; None is no such tier. Each run and rank has a
+    folder of its own in it, which is removed with the optimizer or with the process.
+    """
     state_dtype: torch.dtype = torch.float32
     """Storage type of the eigenbases (float64 for float64 parameters whatever is set here)."""
     nonfinite: Nonfinite = "raise"
@@ -154,10 +158,12 @@ class RuntimeConfig:
                 raise ConfigError(
                     f"RuntimeConfig.{name} must be an int >= {least} ({unit}), found {value!r}"
                 )
-        if not isinstance(self.trace, str | os.PathLike | None):
-            raise ConfigError(
-                f"RuntimeConfig.trace must be the path of a file, found {self.trace!r}"
-            )
+        for name, what in (("trace", "file"), ("nvme_path", "folder")):
+            if not isinstance(getattr(self, name), str | os.PathLike | None):
+                raise ConfigError(
+                    f"RuntimeConfig.{name} must be the path of a {what}, "
+                    f"found {getattr(self, name)!r}"
+                )
         for name in ("device_budget", "host_budget", "nvme_budget"):
             if getattr(self, name) is not None:
                 try:

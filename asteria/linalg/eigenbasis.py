@@ -30,22 +30,23 @@ def eigh_basis(factor: Tensor) -> BasisResult:
 
     Always in float64: float32 eigensolvers fail, or return garbage, on nearly singular factors,
     which first factors are. Shapes: factor (b, n, n) -> basis (b, n, n). Allocates, never
-    mutates; any thread; waits for the device. A factor that is not finite, or for which the
-    solver does not converge, yields the identity and is marked as not usable.
+    mutates; any thread; waits for the device. A factor of zeros has the identity. One that is not
+    finite, or for which the solver does not converge, yields it too and is marked as not usable.
     """
     basis = torch.empty_like(factor)
     usable = torch.isfinite(factor).all(-1).all(-1)
-    for index, ok in enumerate(usable.tolist()):
-        if ok:
+    solvable = usable & factor.any(-1).any(-1)
+    for index, (ok, solve) in enumerate(zip(usable.tolist(), solvable.tolist(), strict=True)):
+        if solve:
             try:
                 vectors = torch.linalg.eigh(factor[index].double()).eigenvectors
             except RuntimeError:  # torch.linalg.LinAlgError: no convergence
                 ok = False
             else:
                 basis[index] = vectors.flip(-1)
-        if not ok:
+        if not (ok and solve):
             basis[index] = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-            usable[index] = False
+            usable[index] = ok
     return BasisResult(basis, usable & _is_orthogonal(basis))
 
 

@@ -2,56 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from asteria.algorithms.algorithm import Algorithm
+from asteria.checkpoint.foreign import (
+    Origin,
+    adopted_groups,
+    adopted_state,
+    origin_of,
+    origin_problems,
+)
+from asteria.checkpoint.form import check_form
+from asteria.checkpoint.manifest import manifest_problems
+from asteria.errors import CheckpointError
 from asteria.optim.checks import group_problems
 from asteria.runtime.admission import check_saved
 from asteria.runtime.records import ParameterRecord
 
-__all__ = ["Named", "loaded_groups", "match_state", "sizes"]
+__all__ = ["Named", "loaded_groups", "match_state"]
 
 Named: TypeAlias = tuple[int, str, Tensor, dict[str, Any]]
 """(index, name, parameter, group) of one parameter of an optimizer."""
 
 
-def sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
-    """Parameters of each group."""
-    return [len(group["params"]) for group in groups]
+def loaded_groups(
+    loaded: Mapping[str, Any], own: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The groups of a state dict as ours, for an optimizer whose groups are ``own``.
 
-
-def loaded_groups(loaded: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The groups of a state dict, with defaults for options that they lack.
-
-    Raises CheckpointError if it is no optimizer's state dict.
+    Options that they lack have the ``defaults``, or in a foreign state dict our own values. Raises
+    CheckpointError if it is no optimizer's state dict, or one of other groups.
     """
-    if not loaded.keys() >= {"state", "param_groups"}:
-        check_saved({}, [f"found keys {sorted(loaded)}, needs state and param_groups"])
-    return [{**defaults, **group} for group in loaded["param_groups"]]
+    groups = check_form(loaded)["param_groups"]
+    found, needed = ([len(group["params"]) for group in each] for each in (groups, own))
+    if found != needed:
+        check_saved({}, [f"parameter groups have {found} parameters, needs {needed}"])
+    origin = origin_of(groups)
+    if origin is not Origin.OURS:
+        return adopted_groups(origin, groups, own)
+    return [{**defaults, **group} for group in groups]
 
 
 def match_state(
-    state: Mapping[Any, Mapping[str, Tensor]],
+    loaded: Mapping[str, Any],
     groups: list[dict[str, Any]],
+    rule: Algorithm,
     known: Iterable[str],
     named: Iterable[Named],
     make_record: Callable[[int, str, Tensor, Mapping[str, Any]], ParameterRecord],
 ) -> dict[ParameterRecord, Mapping[str, Tensor]]:
-    """Records for the loaded state, checked as a whole against the parameters.
+    """Records for the state of ``loaded``, checked as a whole against the parameters.
 
-    ``groups`` are the loaded ones, of the same sizes as the optimizer's, whose options are
-    ``known`` and whose parameters are ``named``. Raises CheckpointError that lists every problem.
+    ``groups`` are those of `loaded_groups`; ``known`` are the options of the optimizer, which has
+    this ``rule``, and ``named`` its parameters. Raises CheckpointError that lists every problem.
     """
-    options = group_problems(groups, known)
+    state: Mapping[Any, Mapping[str, Any]] = loaded["state"]
+    origin = origin_of(loaded["param_groups"])
+    problems = origin_problems(origin, rule)
+    if not problems:
+        problems = [*manifest_problems(groups, rule), *group_problems(groups, known)]
     keys = [(key, group) for group in groups for key in group["params"]]
-    matched = {
-        make_record(index, name, parameter, group): state[key]
-        for (index, name, parameter, _), (key, group) in zip(named, keys, strict=True)
-        if state.get(key) and not options
-    }
     nobodys = sorted(state.keys() - {key for key, _ in keys}, key=str)
-    problems = [f"state of a parameter {key!r} that no group has" for key in nobodys]
-    check_saved(matched, [*options, *problems])
+    matched: dict[ParameterRecord, Mapping[str, Tensor]] = {}
+    options_fit = not problems
+    for (index, name, parameter, _), (key, group) in zip(named, keys, strict=True):
+        if state.get(key) and options_fit:
+            record = make_record(index, name, parameter, group)
+            try:
+                matched[record] = adopted_state(origin, state[key], record.route, record.shape)
+            except CheckpointError as error:
+                problems.append(f"{name}: {error}")
+    problems += [f"state of a parameter {key!r} that no group has" for key in nobodys]
+    check_saved(matched, problems)
     return matched

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from asteria.algorithms.algorithm import Algorithm
+from asteria.checkpoint.form import check_form
+from asteria.checkpoint.manifest import KEY, manifest
 from asteria.config.hyperparameters import Hyperparameters, check_group, check_keys
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError
 from asteria.optim.checks import check_dtype, check_gradient, check_parameter
 from asteria.optim.description import Description, describe_parameter
-from asteria.optim.loading import Named, loaded_groups, match_state, sizes
-from asteria.optim.routing import check_route, route, routing_options
+from asteria.optim.loading import Named, loaded_groups, match_state
 from asteria.runtime.chunks import Update
 from asteria.runtime.engine import Engine
+from asteria.runtime.entries import Entries
 from asteria.runtime.records import ParameterRecord
+from asteria.runtime.routing import check_route, route, routing_options
 from asteria.telemetry.counters import Stats
 
 __all__ = ["Parameters", "SecondOrderOptimizer"]
@@ -60,7 +63,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         # The published code knows no stacks of matrices, so the control arm guesses none.
         control = replace(runtime, nonfinite="raise") == RuntimeConfig.reference()
         batch_dims = 0 if control else None
-        super().__init__(given, {**defaults, "batch_dims": batch_dims, "young_stride": 1})
+        ours = {"batch_dims": batch_dims, "young_stride": 1, KEY: manifest(self.rule)}
+        super().__init__(given, {**defaults, **ours})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own; raises ConfigError for what cannot be used."""
@@ -82,6 +86,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     check_parameter(*pair)
                     route(pair[1].shape, {**self.defaults, **param_group}, self.rule, pair[0])
             param_group["params"] = entries
+        param_group[KEY] = manifest(self.rule)
         super().add_param_group(param_group)  # which refuses what is no leaf tensor
 
     def _named(self) -> Iterator[Named]:
@@ -117,6 +122,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self._step_parameters(present)
         return loss
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # lazily; torch.compiler imports it all
     def _step_parameters(self, present: list[Named]) -> None:
         self._forget_replaced_state()
         self._engine.begin_step(self.param_groups)
@@ -141,7 +147,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         steps, gate = self._engine.accepts(
             [record.name for record in updates],
             [gradient for record in updates if (gradient := record.parameter.grad) is not None],
-            ready=not fresh,
+            ready=not fresh and all(record.begun for record in updates),
         )
         if not steps:
             return
@@ -157,6 +163,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """
         gone = [r for p, r in self._records.items() if not r.shows(self.state.get(p))]
         if gone:
+            for record in gone:  # as long as it can be read
+                if isinstance(entries := self.state.get(record.parameter), Entries):
+                    self.state[record.parameter] = entries.copy()
             self._engine.discard(gone)
             for record in gone:
                 del self._records[record.parameter]
@@ -167,7 +176,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         check_dtype(name, parameter)
         way = route(parameter.shape, group, self.rule, name)
         options = routing_options(group)
-        return ParameterRecord.of(parameter, name, index, route=way, options=options)
+        steps = Hyperparameters.of(group).precondition_frequency
+        return ParameterRecord.of(
+            parameter, name, index, route=way, options=options, refresh_steps=steps
+        )
 
     def _admit(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:
         """Make state for new records, of the saved values where there are any."""
@@ -177,10 +189,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self.state[record.parameter] = record.entries
 
     def describe(self) -> Description:
-        """How every parameter is treated: rule, blocks, factors, bytes of state.
-
-        A table under ``str()``, typed rows under ``.rows``. Needs no gradient.
-        """
+        """How every parameter is treated, as a table (``str``) or ``.rows``. Needs no gradient."""
         records = self._records
         ways = (
             (name, p, records[p].route if p in records else route(p.shape, group, self.rule, name))
@@ -201,17 +210,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._engine.settle()
         self._forget_replaced_state()
 
-        def add_shadows(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
-            for record in self._records.values():
-                if shadows := self._engine.shadows(record):
-                    packed["state"][record.index] = {**packed["state"][record.index], **shadows}
-
         with ExitStack() as hooks:
-            hooks.callback(self.register_state_dict_post_hook(add_shadows, prepend=True).remove)
+            hooks.callback(self.register_state_dict_post_hook(_read_all, prepend=True).remove)
             return super().state_dict()
 
     def close(self) -> None:
-        """Stop the worker threads, within half a second; a later step would start them again."""
+        """Stop the worker threads, which a later step would start again; state on disk stays."""
         self._engine.close()
 
     def __enter__(self: Self) -> Self:
@@ -221,21 +225,20 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self.close()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; dtypes of the state stay as they are.
+        """Load what `state_dict` or `asteria.slim` gave; dtypes of the state stay as they are.
 
-        Raises CheckpointError, which lists every key that does not fit, and then loads nothing;
-        ValueError if the parameter groups differ in number or size.
+        Also takes the state of ``torch.optim.AdamW`` and, into SOAP, that of its authors' program:
+        with the options that they have, and this optimizer's own for the others.
+        Raises CheckpointError, which lists everything that does not fit, and then loads nothing.
         """
         records: dict[ParameterRecord, Mapping[str, Tensor]] = {}
 
         def take_state(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             # torch would cast every floating-point state tensor to its parameter's dtype.
-            groups = loaded_groups(loaded, self.defaults)
-            if sizes(groups) == sizes(self.param_groups):  # torch refuses else
-                matched = match_state(
-                    loaded["state"], groups, self.defaults, self._named(), self._make_record
-                )
-                records.update(matched)
+            groups = loaded_groups(loaded, self.param_groups, self.defaults)
+            named, make = self._named(), self._make_record
+            records.update(match_state(loaded, groups, self.rule, self.defaults, named, make))
+            self._engine.check_room(list(records))
             return {**loaded, "state": {}, "param_groups": groups}
 
         def put_state(_: torch.optim.Optimizer) -> None:
@@ -244,7 +247,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         with ExitStack() as hooks:
             hooks.callback(self.register_load_state_dict_pre_hook(take_state).remove)
             hooks.callback(self.register_load_state_dict_post_hook(put_state, prepend=True).remove)
-            super().load_state_dict(state_dict)
+            super().load_state_dict(_as_dict(state_dict))
 
     def _restore(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:
         """Make ``saved`` the state of this optimizer, in memory of its own."""
@@ -257,13 +260,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._engine.settle()
         self._forget_replaced_state()
         state = {p: {**entries} for p, entries in self.state.items()}
-        for record in self._records.values():
-            state[record.parameter].update(self._engine.shadows(record))
         return {**super().__getstate__(), "state": state, "_runtime": self._runtime}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take pickled state, or what torch's load_state_dict hands over."""
         super().__setstate__(state)
+        # An option of torch's own optimizers, which loaded groups would then have and others not.
+        self.defaults.pop("differentiable", None)
         if "_engine" not in self.__dict__:
             # Two optimizers cannot write one trace.
             self._runtime = replace(self._runtime, trace=None)
@@ -277,3 +280,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                     if entries.get(parameter)
                 }
             )
+
+
+def _as_dict(given: object) -> dict[str, Any]:
+    """What torch can copy; hooks may still bring it into form."""
+    return given if isinstance(given, dict) else dict(check_form(given))
+
+
+def _read_all(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+    packed["state"] = {key: {**entries} for key, entries in packed["state"].items()}

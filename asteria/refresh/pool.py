@@ -19,7 +19,7 @@ from asteria.refresh.threads import (
     pause_ended_threads,
 )
 
-__all__ = ["Executor", "WorkerPool"]
+__all__ = ["Executor", "WorkerPool", "jobs_and_threads"]
 
 _ATTEMPTS = 2
 """Workers that may die of a job before the job is given up."""
@@ -29,6 +29,12 @@ _LOOK_S = 0.2
 """How often a waiting thread looks whether the workers are alive."""
 _MOST_THREADS = 4
 """Math threads of one job; LAPACK gains little from more."""
+
+
+def jobs_and_threads(workers: int) -> tuple[int, int]:
+    """(jobs at a time, math threads of each) of so many ``workers``, math threads in all."""
+    threads = min(workers, _MOST_THREADS)
+    return max(1, workers // threads), threads
 
 
 class Executor(Protocol):
@@ -168,8 +174,7 @@ class WorkerPool:
 
     def __init__(self, workers: int) -> None:
         """``workers`` counts math threads in all."""
-        self._math_threads = min(workers, _MOST_THREADS)
-        self._size = max(1, workers // self._math_threads)
+        self._size, self._math_threads = jobs_and_threads(workers)
         self._queue = _Queue()
         _QUEUES.add(self._queue)
         self._finalizer = weakref.finalize(self, self._queue.stop, _CLOSE_S)

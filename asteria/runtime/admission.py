@@ -1,28 +1,38 @@
-"""Making state for parameters: stacks for new blocks, filled with what was saved of them."""
+"""Making state for parameters: extents of new blocks, filled with what was saved of them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from asteria.errors import CheckpointError
+from asteria.runtime.entries import Entries
+from asteria.runtime.extents import Extent, ExtentKey, cut_blocks, layouts
 from asteria.runtime.records import (
-    Extent,
-    ExtentKey,
     ParameterRecord,
+    Route,
     Tile,
     TilePlan,
+    is_rebuilt,
     state_dtype,
 )
+from asteria.runtime.residence import Residence
 from asteria.runtime.shadows import shadow_shapes
-from asteria.store.stack import Stack
+from asteria.runtime.show import show
+from asteria.store.cell import Cell
+from asteria.store.layout import Life
 
-__all__ = ["admit", "check_saved", "discard"]
+__all__ = ["Extents", "admit", "check_room", "check_saved", "discard"]
 
-_COUNTERS = ("step", "version", "lands")
+Extents: TypeAlias = dict[ExtentKey, list[Extent]]
+"""All extents of one kind, in order of their parameters."""
+
+_COUNTERS = ("step", "version", "lands", "born")
+"""How the keys of counters end."""
 _MOST_STEPS = 2**24
 """Above it float32, the dtype of torch's step counters, does not count."""
 
@@ -44,7 +54,11 @@ def check_saved(
 
 
 def _complaints(record: ParameterRecord, saved: Mapping[str, object]) -> Iterator[str]:
-    wanted = record.route.entry_shapes(record.shape) | shadow_shapes(record.route, saved)
+    route = record.route
+    if any(map(is_rebuilt, saved)) or not route.rule.has_bases:
+        wanted = route.entry_shapes(record.shape) | _flight_shapes(route, saved)
+    else:
+        wanted = route.slim_shapes(record.shape)
     for key in sorted(wanted.keys() | saved.keys()):
         if key not in saved:
             yield f"{record.name}: {key} is missing"
@@ -53,99 +67,237 @@ def _complaints(record: ParameterRecord, saved: Mapping[str, object]) -> Iterato
         else:
             value = saved[key]
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-            if shape != wanted[key]:
+            counts = key.endswith(_COUNTERS)
+            if not isinstance(value, Tensor | int | float):
+                yield f"{record.name}: {key} is {value!r:.60}, needs {_wanted(counts)}"
+            elif shape != wanted[key]:
                 yield f"{record.name}: {key} has shape {shape}, needs {wanted[key]}"
-            elif key.endswith(_COUNTERS):
-                counts = torch.as_tensor(value)
-                if not bool(((counts >= 0) & (counts < _MOST_STEPS)).all()):
-                    yield f"{record.name}: {key} is {counts.tolist()}, needs counts of steps"
+            elif torch.as_tensor(value).is_complex():
+                yield f"{record.name}: {key} is complex, needs {_wanted(counts)}"
+            elif counts:
+                steps = torch.as_tensor(value)
+                if not bool(((steps >= 0) & (steps < _MOST_STEPS)).all()):
+                    yield f"{record.name}: {key} is {steps.tolist()}, needs counts of steps"
+
+
+def _wanted(counts: bool) -> str:
+    return "counts of steps" if counts else "a tensor of real numbers"
+
+
+def _flight_shapes(route: Route, saved: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    """Key and shape of all that tells of refreshes in flight, if any of it is there.
+
+    However many there are: who saved may have had another staleness or period.
+    """
+    if not any(key.startswith("shadow_") for key in saved):
+        return {}
+    versions = saved.get("shadow_version")
+    places = len(versions) if isinstance(versions, Tensor) and versions.dim() == 2 else 1
+    return shadow_shapes(route, places)
+
+
+def check_room(records: Iterable[ParameterRecord], residence: Residence) -> None:
+    """Raise StoreFullError unless there is room for the state of ``records``, if it were alone."""
+    kinds = _by_kind(records).items()
+    residence.check([e for key, places in kinds for e in _cut(key, places, [], residence)])
+
+
+def _by_kind(
+    records: Iterable[ParameterRecord],
+) -> dict[ExtentKey, list[tuple[ParameterRecord, TilePlan]]]:
+    """The tiles of ``records``, in order."""
+    kinds: dict[ExtentKey, list[tuple[ParameterRecord, TilePlan]]] = {}
+    for record in records:
+        for plan in record.route.tiles:
+            dtype = state_dtype(record.parameter)
+            key = ExtentKey(record.route.rule, plan.shape, dtype, record.device)
+            kinds.setdefault(key, []).append((record, plan))
+    return kinds
 
 
 def admit(
     records: Iterable[ParameterRecord],
     saved: Mapping[ParameterRecord, Mapping[str, Tensor]],
-    extents: dict[ExtentKey, Extent],
+    extents: Extents,
+    residence: Residence,
 ) -> None:
-    """Allocate the state of new ``records`` in ``extents``, stacked by block shape.
+    """Make the state of new ``records`` in ``extents``, by block shape, within the budgets.
 
-    There is one extent for each kind of block, its tiles in order of the parameters: what is
-    multiplied together, and so every bit of the result, depends on which parameters have state
-    and not on when they got it. Blocks that were there before move into the larger stack.
+    The tiles of a kind are cut into extents in order of the parameters: what is multiplied
+    together, and so every bit of the result, depends on which parameters have state and not on when
+    they got it. Blocks that were there before move where the cut has changed.
 
     A record in ``saved`` takes its values from there (copied, from any dtype and device), the
-    others begin at zero. Raises CheckpointError, before anything is changed, if something saved
-    does not fit.
+    others begin at zero. Raises CheckpointError if something saved does not fit and StoreFullError
+    if there is no room, before anything is changed.
     """
     records = list(records)
     check_saved(saved)
-    arrivals: dict[ExtentKey, list[tuple[ParameterRecord, TilePlan]]] = {}
     for record in records:
-        shapes = record.route.entry_shapes(record.shape)
-        record.entries = {
-            key: torch.zeros(shapes[key], dtype=torch.float32, device="cpu")
-            for key in ("step", "version")
+        _count(record, saved.get(record, {}))
+    _change(extents, _by_kind(records), [], saved, residence)
+
+
+def _count(record: ParameterRecord, saved: Mapping[str, Tensor]) -> None:
+    """Begin the counters of a record, or go on with those that were saved of it."""
+    record.versions = [0] * len(record.route.tiles)
+    if saved:
+        record.steps = int(saved["step"])
+    if not record.route.rule.has_bases:
+        record.begun = bool(saved)
+    elif saved and not any(map(is_rebuilt, saved)):
+        record.born = record.steps + 1
+        record.versions = [record.steps] * len(record.versions)
+    elif saved:
+        record.born = int(saved["born"])
+        record.versions = [int(version) for version in torch.as_tensor(saved["version"]).tolist()]
+        record.begun = record.born <= record.steps
+    shapes = record.route.entry_shapes(record.shape)
+    counters = {
+        # Where the other tensors are, as torch's tools expect; ``step`` is as in torch.
+        "step": (record.steps if saved else 0, torch.device("cpu")),
+        "born": (record.born, record.device),
+        "version": (record.versions, record.device),
+    }
+    record.entries = Entries(
+        {
+            key: torch.tensor(count, dtype=torch.float32, device=device)
+            for key, (count, device) in counters.items()
             if key in shapes
         }
-        record.versions = [0] * len(record.route.tiles)
-        for plan in record.route.tiles:
-            key = ExtentKey(
-                record.route.rule, plan.shape, state_dtype(record.parameter), record.device
-            )
-            arrivals.setdefault(key, []).append((record, plan))
-    for key, tiles in arrivals.items():
-        extents[key] = _restack(key, tiles, extents.get(key))
-    for record in records:
-        if record in saved:
-            for key_name, entry in record.entries.items():
-                entry.copy_(torch.as_tensor(saved[record][key_name]))
-            record.steps = int(record.entries["step"])
-            if record.route.rule.has_bases:
-                record.versions = [int(version) for version in record.entries["version"].tolist()]
-            record.begun = True
+    )
 
 
-def discard(records: Collection[ParameterRecord], extents: dict[ExtentKey, Extent]) -> None:
-    """Drop the blocks of ``records``; the other blocks of their stacks move together."""
-    for key, extent in list(extents.items()):
-        kept = [tile for tile in extent.tiles if tile.record not in records]
-        if not kept:
-            del extents[key]
-        elif len(kept) < len(extent.tiles):
-            extent.tiles = kept
-            extents[key] = _restack(key, [], extent)
+def discard(records: Collection[ParameterRecord], extents: Extents, residence: Residence) -> None:
+    """Drop the blocks of ``records``; the other blocks move together."""
+    _change(extents, {}, records, {}, residence)
 
 
-def _restack(
-    key: ExtentKey, arrivals: list[tuple[ParameterRecord, TilePlan]], old: Extent | None
-) -> Extent:
-    """A new extent of the old tiles, with their values, and the arrivals; sets the entries."""
-    places: list[tuple[ParameterRecord, TilePlan, Mapping[str, Tensor]]] = [
-        (record, plan, {}) for record, plan in arrivals
-    ]
-    if old is not None:
-        places += [
-            (tile.record, tile.plan, old.stack.window(tile.start, tile.stop)) for tile in old.tiles
-        ]
+def _change(
+    extents: Extents,
+    arrivals: Mapping[ExtentKey, list[tuple[ParameterRecord, TilePlan]]],
+    gone: Collection[ParameterRecord],
+    saved: Mapping[ParameterRecord, Mapping[str, Tensor]],
+    residence: Residence,
+) -> None:
+    """Cut the tiles anew and move what has to; nothing has changed if it raises."""
+    changed: Extents = {}
+    for key in dict.fromkeys([*extents, *arrivals]):
+        old = extents.get(key, [])
+        kept = [t for extent in old for t in extent.tiles if t.record not in gone]
+        if key in arrivals or len(kept) < sum(len(extent.tiles) for extent in old):
+            places = [(tile.record, tile.plan) for tile in kept] + arrivals.get(key, [])
+            changed[key] = _cut(key, places, old, residence)
+    everything = {**extents, **changed}
+    pairs = [(extents.get(key, []), cut) for key, cut in changed.items()]
+    try:
+        residence.house([extent for cut in everything.values() for extent in cut])
+        for old, new in pairs:
+            _fill(old, new, saved)
+    except BaseException:
+        for old, new in pairs:
+            _discard(new, but=old)
+        show([extent for cut in extents.values() for extent in cut])  # some may have moved
+        raise
+    for old, new in pairs:
+        _discard(old, but=new)
+    extents.update(changed)
+    for key in [key for key, cut in changed.items() if not cut]:
+        del extents[key]
+    show([extent for cut in extents.values() for extent in cut])
+
+
+def _cut(
+    key: ExtentKey,
+    places: list[tuple[ParameterRecord, TilePlan]],
+    old: Sequence[Extent],
+    residence: Residence,
+) -> list[Extent]:
+    """Extents for these tiles; an old one where it has the same tiles."""
     places.sort(key=lambda place: place[0].index)  # stable: tiles of a parameter keep their order
-    blocks = sum(plan.blocks for _, plan, _ in places)
-    stack = Stack(key.rule.fields(key.shape), blocks, key.dtype, key.device)
-    extent = Extent(key.rule, key.shape, stack)
-    start = 0
-    for record, plan, values in places:
-        tile = Tile(record, plan, start, start + plan.blocks)
-        extent.tiles.append(tile)
-        for name, value in values.items():
-            stack.fields[name][tile.start : tile.stop].copy_(value)
-        start = tile.stop
-    for record, tiles in itertools.groupby(extent.tiles, key=lambda tile: tile.record):
-        _show(record, extent, list(tiles))
-    return extent
+    same = {tuple((t.record, t.plan.ordinal) for t in extent.tiles): extent for extent in old}
+    door = residence.door(key.device)
+    result = []
+    for group in cut_blocks([(place, place[1].blocks) for place in places], key.most_blocks):
+        extent = same.get(tuple((record, plan.ordinal) for record, plan in group))
+        if extent is None:
+            stops = list(itertools.accumulate(plan.blocks for _, plan in group))
+            tiles = [
+                Tile(record, plan, stop - plan.blocks, stop)
+                for (record, plan), stop in zip(group, stops, strict=True)
+            ]
+            lives = layouts(key.rule, key.shape, stops[-1], key.dtype)
+            cells = {life: Cell(layout) for life, layout in lives.items()}
+            extent = Extent(key, tiles, door, cells)
+        result.append(extent)
+    return result
 
 
-def _show(record: ParameterRecord, extent: Extent, tiles: list[Tile]) -> None:
-    """Point the record's entries at its blocks of this extent."""
-    shapes = record.route.entry_shapes(record.shape)
-    suffix = next(suffix for suffix, shape, _ in record.route.extents() if shape == extent.shape)
-    for name, view in extent.stack.window(tiles[0].start, tiles[-1].stop).items():
-        record.entries[name + suffix] = view.view(shapes[name + suffix])
-    record.shown = tuple((key, record.entries[key]) for key in shapes if key in record.entries)
+def _discard(extents: Iterable[Extent], but: Sequence[Extent]) -> None:
+    for extent in extents:
+        if extent not in but:
+            extent.discard()
+
+
+def _fill(
+    old: Sequence[Extent],
+    new: Sequence[Extent],
+    saved: Mapping[ParameterRecord, Mapping[str, Tensor]],
+) -> None:
+    """Fill new extents from the old ones and from what was saved."""
+    sources = {
+        (tile.record, tile.plan.ordinal): (extent, tile) for extent in old for tile in extent.tiles
+    }
+    for extent in old:
+        if extent not in new:
+            extent.settle()
+    for extent in new:
+        if extent in old:
+            continue
+        for life, cell in extent.cells.items():
+            kept = {t: sources.get((t.record, t.plan.ordinal)) for t in extent.tiles}
+            if any(kept.values()) or any(t.record in saved for t in extent.tiles):
+                _fill_cell(life, cell, extent, kept, saved)
+
+
+def _fill_cell(
+    life: Life,
+    cell: Cell,
+    extent: Extent,
+    kept: Mapping[Tile, tuple[Extent, Tile] | None],
+    saved: Mapping[ParameterRecord, Mapping[str, Tensor]],
+) -> None:
+    """Fill one cell from those that its tiles were in, and from what was saved."""
+    door = extent.door
+    source: Cell | None = None
+    door.acquire(cell)
+    try:
+        for tile, place in kept.items():
+            values = cell.window(tile.start, tile.stop)
+            if place is not None:
+                old, old_tile = place
+                # Neighbours have mostly been neighbours before.
+                if old.cells[life] is not source:
+                    if source is not None:
+                        door.release(source, dirty=False)
+                        source = None
+                    door.acquire(old.cells[life])
+                    source = old.cells[life]
+                given = source.window(old_tile.start, old_tile.stop)
+                for name, value in values.items():
+                    value.copy_(given[name])
+            elif tile.record in saved:
+                _load(saved[tile.record], values, tile)
+    finally:
+        if source is not None:
+            door.release(source, dirty=False)
+        door.release(cell, dirty=True)
+
+
+def _load(saved: Mapping[str, Tensor], values: Mapping[str, Tensor], tile: Tile) -> None:
+    """The blocks of one tile from what was saved of its parameter; what was not stays zero."""
+    suffix, first, blocks = tile.record.route.place_of(tile.plan)
+    for name, value in values.items():
+        if name + suffix in saved:
+            given = torch.as_tensor(saved[name + suffix])
+            value.copy_(given.reshape(blocks, *value.shape[1:])[first : first + tile.plan.blocks])

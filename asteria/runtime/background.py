@@ -7,19 +7,21 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from asteria.algorithms.algorithm import BlockState, Pair, bases, factors
+from asteria.algorithms.algorithm import BlockState, Pair
 from asteria.config.runtime import RuntimeConfig
-from asteria.refresh.job import Job
+from asteria.errors import StoreError
 from asteria.refresh.pipeline import Flight, Pipeline
 from asteria.refresh.pool import Executor
 from asteria.refresh.schedule import is_due
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.governor import Governor
 from asteria.runtime.host_refresh import Refreshed, refresh_job
-from asteria.runtime.records import ParameterRecord, state_dtype
-from asteria.runtime.shadows import pack, unpack
+from asteria.runtime.records import ParameterRecord, Tile
+from asteria.runtime.rows import rotate_
+from asteria.runtime.shadows import show_flights, take_up
+from asteria.runtime.snapshots import take_snapshots, way_back
 from asteria.runtime.staging import Stager
-from asteria.runtime.units import Unit, Units
+from asteria.runtime.units import Unit, Units, unit_of
 from asteria.telemetry.counters import Counters
 from asteria.telemetry.trace import Trace
 
@@ -64,6 +66,7 @@ class BackgroundRefresher:
         for record in records:
             if record.route.rule.has_bases:
                 self._stager.watch(record)
+                show_flights(record, self.pipeline, staleness_steps=self._config.staleness)
 
     def forget(self, records: Iterable[ParameterRecord]) -> None:
         """Drop what is in flight for ``records``."""
@@ -104,6 +107,9 @@ class BackgroundRefresher:
         for flight in due:
             try:
                 landing = _Landing(flight, flight.job.outcome())
+            except StoreError:
+                self._lose(unit, flight)
+                continue
             except Exception:
                 self._counters.failures["worker raised"] += 1
                 self.pipeline.land(unit, flight)
@@ -124,30 +130,41 @@ class BackgroundRefresher:
 
         return undo
 
-    @property
-    def has_landings(self) -> bool:
-        """Whether the latest `collect` has found anything to install."""
-        return bool(self._landings)
+    def lands_on(self, chunk: Chunk) -> bool:
+        """Whether the latest `collect` has found anything to install for the chunk."""
+        return bool(self._landings) and any(unit_of(t) in self._landings for t in chunk.tiles)
 
     def install_(
         self, chunk: Chunk, state: BlockState, scratch: Pair, *, bound: float | None
     ) -> None:
         """Make live what has landed for the chunk's tiles, and carry their moments along."""
-        device = chunk.extent.stack.device
+        device = chunk.extent.device
         for tile in chunk.tiles:
-            unit = Unit(tile.record, tile.plan.ordinal)
+            unit = unit_of(tile)
             landings = self._landings.pop(unit, ())
             blocks = slice(tile.start - chunk.start, tile.stop - chunk.start)
             part = {name: tensor[blocks] for name, tensor in state.items()} if landings else {}
             for landing in landings:
                 if len(landing.outcome.kept) < landing.outcome.count:
-                    fresh = self._stager.on_device(landing.flight, device)
+                    try:
+                        fresh = self._stager.on_device(landing.flight, device)
+                    except StoreError:
+                        self._lose(unit, landing.flight)
+                        continue
                     pair = (scratch[0][blocks], scratch[1][blocks])
-                    chunk.extent.rule.rotate_(part, fresh, scratch=pair, gate=None, bound=bound)
+                    rule = chunk.extent.rule
+                    rotate_(rule, part, fresh, scratch=pair, gate=None, bound=bound)
                     for mode, basis in enumerate(fresh):
                         if basis is not None:
                             part[f"basis_{mode}"].copy_(basis)
                 self._landed(unit, landing)
+
+    def _lose(self, unit: Unit, flight: Flight[Refreshed]) -> None:
+        """A disk did not give back what the refresh started from, or ended with."""
+        self.pipeline.land(unit, flight)
+        self._stager.drop(flight)
+        self._units[unit].attempted = flight.version
+        self._units.judge(unit, ["lost on disk"])
 
     def _landed(self, unit: Unit, landing: _Landing) -> None:
         flight, outcome = landing
@@ -164,35 +181,52 @@ class BackgroundRefresher:
         memory = self._units[unit]
         memory.turned = outcome.turned
         if len(reasons) < outcome.count:
-            self._units.replaced(unit, flight.version, last_use=unit.record.steps)
+            self._units.installed(unit, flight.version)
         else:
             memory.attempted = flight.version
         self._units.judge(unit, reasons)
 
-    def launch_due(self, chunk: Chunk, state: BlockState, *, prompt: bool) -> None:
+    def launches(self, chunk: Chunk) -> bool:
+        """Whether anything is due after this update of the chunk."""
+        return any(self._is_due(tile, chunk) for tile in chunk.tiles)
+
+    def _is_due(self, tile: Tile, chunk: Chunk) -> bool:
+        unit, step = unit_of(tile), chunk.steps + 1
+        period, latest = chunk.hyper.precondition_frequency, self._latest(unit)
+        # However the schedule has changed, no more are in flight than a checkpoint has places for.
+        if self.pipeline.flights(unit) and step - latest < period:
+            return False
+        phase = self._units[unit].phase
+        return step > latest and is_due(step, period=period, phase=phase, version=latest)
+
+    def copies_from_device(self, chunk: Chunk) -> bool:
+        """Whether `launch_due` needs the chunk's fields on their device."""
+        return self._stager.link(chunk.extent.device).travels
+
+    def launch_due(self, chunk: Chunk, *, prompt: bool) -> None:
         """Begin the refreshes of the chunk's tiles that are due after this update.
 
         With ``prompt`` they are installed before the next update, without staleness.
         """
         step, period = chunk.steps + 1, chunk.hyper.precondition_frequency
-        rank = len(chunk.extent.shape.dims)
         for tile in chunk.tiles:
-            unit = Unit(tile.record, tile.plan.ordinal)
-            memory, latest = self._units[unit], self._latest(unit)
-            if step <= latest or not is_due(
-                step, period=period, phase=memory.phase, version=latest
-            ):
+            if not self._is_due(tile, chunk):
                 continue
-            blocks = slice(tile.start - chunk.start, tile.stop - chunk.start)
-            part = {name: tensor[blocks] for name, tensor in state.items()}
-            work = refresh_job(
-                self._stager.link(chunk.extent.stack.device),
-                factors(part, rank),
-                bases(part, rank),
-                exact=self._is_exact(latest),
-                sort=chunk.extent.rule.sorts_columns,
+            unit = unit_of(tile)
+            memory, latest = self._units[unit], self._latest(unit)
+            link = self._stager.link(chunk.extent.device)
+            snapshots = take_snapshots(
+                chunk.extent,
+                tile,
+                link,
                 # An earlier refresh may be installed before this one begins.
                 copy_bases=self._config.staleness >= period or bool(self.pipeline.flights(unit)),
+            )
+            work = refresh_job(
+                snapshots,
+                way_back(chunk.extent, link),
+                exact=self._is_exact(latest <= tile.record.born),
+                sort=chunk.extent.rule.sorts_columns,
             )
             if self._first_launch_s is None:
                 self._first_launch_s = self._clock()
@@ -214,43 +248,24 @@ class BackgroundRefresher:
         flights = self.pipeline.flights(unit)
         return flights[-1].version if flights else self._units.latest(unit)
 
-    def _is_exact(self, latest: int) -> bool:
-        first = self._config.start == "adam" and latest == 0
-        return first or self._config.refresh_method == "eigh"
+    def _is_exact(self, first: bool) -> bool:
+        begun = self._config.start == "adam" and first
+        return begun or self._config.refresh_method == "eigh"
 
     def forget_older(self, chunk: Chunk) -> None:
         """Drop what is in flight for the chunk's tiles, which have just been refreshed."""
         for tile in chunk.tiles:
-            self._forget(Unit(tile.record, tile.plan.ordinal))
+            self._forget(unit_of(tile))
 
     def _forget(self, unit: Unit) -> None:
         for flight in self.pipeline.flights(unit):
             self._stager.drop(flight)
         self.pipeline.forget(unit)
 
-    def shadows(self, record: ParameterRecord) -> dict[str, Tensor]:
-        """What is in flight for ``record``, as state tensors; waits for the workers.
-
-        Without refreshes that raised: the step at which they land tells of them.
-        """
-        entries: dict[str, Tensor] = {}
-        for ordinal in range(len(record.route.tiles)):
-            flights = [f for f in self.pipeline.finished(Unit(record, ordinal)) if f.job.succeeded]
-            for position, flight in enumerate(flights):
-                entries |= pack(ordinal, position, flight, flight.job.outcome().bases)
-        return entries
-
     def restore(self, record: ParameterRecord, saved: Mapping[str, Tensor]) -> None:
         """Take up what was in flight when ``saved`` was made."""
-        link = self._stager.link(record.device)
-        for ordinal, (version, lands), shadow in unpack(
-            record.route, saved, state_dtype(record.parameter)
-        ):
-            outcome = Refreshed([None if b is None else link.outgoing(b) for b in shadow], [], 0.0)
-            unit = Unit(record, ordinal)
-            job = Job.finished(outcome, name=f"saved refresh of {unit} at step {version}")
-            lands = min(lands, version + self._config.staleness)
-            self.pipeline.add(unit, Flight(version, lands, job))
+        link, staleness = self._stager.link(record.device), self._config.staleness
+        take_up(record, saved, self.pipeline, link, staleness_steps=staleness)
 
 
 def _ns(seconds: float) -> int:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from asteria.algorithms.algorithm import BlockState
+from asteria.algorithms.algorithm import BlockShape, BlockState
 from asteria.config.hyperparameters import Hyperparameters
-from asteria.runtime.records import Extent, ParameterRecord, Tile
+from asteria.runtime.extents import Extent
+from asteria.runtime.records import ParameterRecord, Tile
+from asteria.store.layout import Life
 
-__all__ = ["CHUNK_BYTES", "Chunk", "Update", "chunks"]
-
-CHUNK_BYTES = 32 * 1024**2
-"""Size of one temporary tensor. A step uses three, or three single tiles where one is larger."""
+__all__ = ["Chunk", "Update", "chunks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,39 +42,51 @@ class Chunk:
         return self.tiles[-1].stop
 
     @property
+    def shape(self) -> BlockShape:
+        """Of each of its blocks."""
+        return self.tiles[0].plan.shape
+
+    @property
     def begun(self) -> bool:
         """Whether the blocks have seen a gradient before."""
         return self.tiles[0].record.begun
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether the blocks have moments to go on with."""
+        return self.tiles[0].record.has_moments
+
+    @property
+    def age(self) -> int:
+        """Updates since the gradient that the factors began with."""
+        record = self.tiles[0].record
+        return record.steps - record.born if record.begun else 0
 
     @property
     def steps(self) -> int:
         """Updates of the blocks' moments so far."""
         return self.tiles[0].record.steps
 
-    @property
-    def state(self) -> BlockState:
-        """The blocks' fields; every tensor is (blocks, *shape of the field)."""
-        place = (self.start, self.stop)
-        windows = self.extent.windows
-        if place not in windows:
-            # Steps that cut an extent in ever new ways shall not pile up views.
-            if len(windows) > len(self.extent.tiles):
-                windows.clear()
-            windows[place] = self.extent.stack.window(*place)
-        return windows[place]
+    def state(self, lives: Iterable[Life] = Life) -> BlockState:
+        """The blocks' fields of these lives, which are acquired: (blocks, *shape) each."""
+        return self.extent.window(self.start, self.stop, lives)
 
 
-def chunks(extent: Extent, updates: Mapping[ParameterRecord, Update]) -> Iterator[Chunk]:
+def chunks(
+    extent: Extent,
+    updates: Mapping[ParameterRecord, Update],
+    done: Callable[[Tile], bool] | None = None,
+) -> Iterator[Chunk]:
     """The extent's tiles whose parameters are in ``updates``, in order, cut into chunks.
 
-    A pure function of shapes, steps and groups: the same blocks share a product whatever the
-    memory at hand, so results do not depend on it.
+    Without those that are ``done``, by an interrupted step. A pure function of shapes, steps and
+    groups: the same blocks share a product whatever the memory at hand, so results do not depend
+    on it.
     """
-    limit = CHUNK_BYTES // (extent.stack.dtype.itemsize * max(1, math.prod(extent.shape.dims)))
     current: list[Tile] = []
     for tile in extent.tiles:
-        update = updates.get(tile.record)
-        if current and (update is None or not _joins(tile, update, current, updates, limit)):
+        update = None if done is not None and done(tile) else updates.get(tile.record)
+        if current and (update is None or not _joins(tile, update, current, updates)):
             yield Chunk(extent, current, updates[current[0].record].hyper)
             current = []
         if update is not None:
@@ -86,17 +96,13 @@ def chunks(extent: Extent, updates: Mapping[ParameterRecord, Update]) -> Iterato
 
 
 def _joins(
-    tile: Tile,
-    update: Update,
-    current: list[Tile],
-    updates: Mapping[ParameterRecord, Update],
-    limit: int,
+    tile: Tile, update: Update, current: list[Tile], updates: Mapping[ParameterRecord, Update]
 ) -> bool:
     first = current[0]
     return (
         tile.start == current[-1].stop
-        and tile.stop - first.start <= limit
         and tile.record.begun == first.record.begun
         and tile.record.steps == first.record.steps
+        and tile.record.born == first.record.born
         and (update is (other := updates[first.record]) or update.hyper == other.hyper)
     )

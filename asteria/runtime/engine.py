@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from asteria.algorithms.adam import largest_ratio
-from asteria.algorithms.algorithm import Algorithm, BlockState, Pair
-from asteria.config.hyperparameters import Hyperparameters
 from asteria.config.runtime import RuntimeConfig
-from asteria.linalg.scratch import Scratch
 from asteria.refresh.pool import Executor, WorkerPool
-from asteria.refresh.schedule import is_due, is_young_step, young_steps
 from asteria.refresh.threads import free_cores
-from asteria.runtime.admission import admit, discard
+from asteria.runtime.admission import Extents, admit, check_room, discard
 from asteria.runtime.background import BackgroundRefresher
-from asteria.runtime.chunks import Chunk, Update, chunks
+from asteria.runtime.chunks import Update, chunks
+from asteria.runtime.extents import Extent
+from asteria.runtime.foresight import Foresight
 from asteria.runtime.governor import Governor
 from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error, surely_finite
-from asteria.runtime.inline import InlineRefresher
-from asteria.runtime.records import Extent, ExtentKey, ParameterRecord
+from asteria.runtime.records import ParameterRecord
+from asteria.runtime.residence import Residence
+from asteria.runtime.show import show
+from asteria.runtime.stepper import Stepper
 from asteria.runtime.summary import summarize
-from asteria.runtime.units import Unit, Units
-from asteria.runtime.weights import apply_, gather, normalize_
+from asteria.runtime.units import Units
+from asteria.runtime.updater import moves_at_once
 from asteria.telemetry.counters import Counters, Stats
 from asteria.telemetry.trace import Trace
 
@@ -41,18 +41,21 @@ class Engine:
         config: RuntimeConfig,
         executor: Executor | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        residence: Residence | None = None,
     ) -> None:
-        """``executor`` does asynchronous refreshes, by default worker threads; ``clock`` in s."""
+        """``executor`` does asynchronous refreshes, by default worker threads; ``clock`` in s.
+
+        Raises StoreError if ``config.nvme_path`` cannot be used.
+        """
         self._config = config
         self._clock = clock
-        self._extents: dict[ExtentKey, Extent] = {}
-        self._scratch = Scratch()
+        self._extents: Extents = {}
+        self._ended: set[ParameterRecord] = set()
+        """Whose step is complete, of a step that was interrupted."""
         self._guard = DeviceGuard()
         self._counters = Counters()
-        self._round_s = 0.0
         self._trace = None if config.trace is None else Trace(config.trace)
         self._units = Units(self._counters, max_failures=config.max_failures)
-        self._inline = InlineRefresher(config, self._counters, self._units)
         self._background: BackgroundRefresher | None = None
         jobs = 0
         # Without staleness the step would wait for every result at once.
@@ -63,6 +66,19 @@ class Engine:
             )
             jobs = executor.size
         self._governor = Governor(config, self._units, jobs=jobs)
+        self._residence = residence or Residence(config, refreshes=jobs)
+        # With the last reference, not when the garbage collector finds the time: it holds a disk.
+        weakref.finalize(self, self._residence.close).atexit = False
+        self._foresight = Foresight()
+        self._stepper = Stepper(
+            config,
+            self._counters,
+            self._units,
+            self._background,
+            self._governor,
+            clock,
+            self._trace,
+        )
 
     def admit(
         self,
@@ -71,14 +87,17 @@ class Engine:
     ) -> None:
         """Make state for new records, from what was saved of them if anything was."""
         saved = saved or {}
-        admit(records, saved, self._extents)
-        self._units.admit(
-            {tile.record for extent in self._extents.values() for tile in extent.tiles}
-        )
+        admit(records, saved, self._extents, self._residence)
+        self._foresight.watch(self._all())
+        self._units.admit({tile.record for extent in self._all() for tile in extent.tiles})
         if self._background is not None:
             self._background.admit(records)
             for record, values in saved.items():
                 self._background.restore(record, values)
+
+    def check_room(self, records: list[ParameterRecord]) -> None:
+        """Raise StoreFullError unless there is room for the state of ``records``, if alone."""
+        check_room(records, self._residence)
 
     def discard(self, records: list[ParameterRecord]) -> None:
         """Drop the state of records."""
@@ -86,11 +105,10 @@ class Engine:
             self._background.forget(records)
         self._governor.forget(records)
         self._units.discard(records)
-        discard(records, self._extents)
-
-    def shadows(self, record: ParameterRecord) -> dict[str, Tensor]:
-        """What is in flight for a record, as state tensors; waits for the workers."""
-        return {} if self._background is None else self._background.shadows(record)
+        discard(records, self._extents, self._residence)
+        self._foresight.forget(records)
+        self._stepper.forget(records)
+        self._ended.difference_update(records)
 
     def close(self) -> None:
         """Stop the worker threads, which a later step starts again, and complete the trace."""
@@ -114,7 +132,12 @@ class Engine:
         """What was done so far; waits for the device."""
         self.settle()
         return summarize(
-            self._counters, self._units, self._inline, self._background, self._governor
+            self._counters,
+            self._units,
+            self._stepper,
+            self._background,
+            self._governor,
+            self._residence,
         )
 
     def accepts(
@@ -152,31 +175,21 @@ class Engine:
     def step(self, updates: Mapping[ParameterRecord, Update], gate: Tensor | None) -> None:
         """One step of every parameter in ``updates``, whose gradients are there and accepted.
 
-        Raises RefreshError, or what a worker raised, before anything is changed.
+        Raises RefreshError, or what a worker raised, before anything is changed. A StoreError comes
+        in the middle: every parameter is then as before the step or as after it, and the
+        next call completes the step for the others.
         """
         start = self._clock()
         self._units.report()
+        self._relieve()
         if self._background is not None:
             self._background.collect(updates, self._governor)
-        begin, installs = self._clock(), self._counters.installs
-        self._units.begin_step()  # installs are never taken back
-        work = [chunk for extent in self._extents.values() for chunk in chunks(extent, updates)]
-        if self._background is not None and self._background.has_landings:
-            for chunk in work:
-                bound = _bound(self._config.start, chunk.hyper)
-                self._background.install_(chunk, chunk.state, self._pair(chunk), bound=bound)
-        installed, installs = self._clock(), self._counters.installs - installs
-        self._counters.install_s += installed - begin
+        begin, counters = self._clock(), self._counters
+        before_s = counters.install_s + counters.refresh_s
         undos = [self._units.begin_step()]
         if self._background is not None:
             undos.append(self._background.begin_step())
-        before_s, self._round_s = self._counters.refresh_s, 0.0
-        for chunk in work:
-            self._step_chunk(chunk, updates, gate)
-        moved = [r for r in updates if r.begun or _moves_at_once(self._config.start, r.route.rule)]
-        _count_updates(moved, 1)
-        for record in updates:
-            record.begun = True
+        moved: list[ParameterRecord] = []
         if gate is not None:
 
             def undo() -> None:
@@ -185,112 +198,52 @@ class Engine:
                     undo_part()
 
             self._guard.on_refusal(undo)
-        refresh_s = self._counters.refresh_s - before_s
-        if self._round_s:
-            self._governor.pace.refreshed_inside(self._round_s)
+        self._take(updates, gate, moved)
         end = self._clock()
-        self._counters.update_s += end - installed - refresh_s
+        counters.update_s += end - begin - (counters.install_s + counters.refresh_s - before_s)
         if self._trace is not None:
-            self._draw("step", f"step {self._counters.steps}", start, end)
-            if installs:
-                self._draw("installs", "install", begin, installed)
+            name = f"step {counters.steps}"
+            self._trace.span("step", name, int(start * 1e9), int(end * 1e9))
 
-    def _draw(self, lane: str, name: str, start_s: float, end_s: float) -> None:
-        if self._trace is not None:
-            self._trace.span(lane, name, int(start_s * 1e9), int(end_s * 1e9))
-
-    def _step_chunk(
-        self, chunk: Chunk, updates: Mapping[ParameterRecord, Update], gate: Tensor | None
+    def _take(
+        self,
+        updates: Mapping[ParameterRecord, Update],
+        gate: Tensor | None,
+        moved: list[ParameterRecord],
     ) -> None:
-        rule, stack, hyper = chunk.extent.rule, chunk.extent.stack, chunk.hyper
-        state, (first, second) = chunk.state, self._pair(chunk)
-        if gate is not None:
-            gate = gate.to(device=stack.device, dtype=stack.dtype, non_blocking=True)
-        gradient = gather(chunk, self._scratch, gate)
+        """Take all chunks through the step; ``moved`` takes the records whose moments advanced."""
+        left = {record: u for record, u in updates.items() if record not in self._ended}
+        stepper, ended = self._stepper, list[ParameterRecord]()
+        work = [c for extent in self._all() for c in chunks(extent, left, stepper.is_done)]
+        self._foresight.begin_step(work, stepper.cells)
+        try:
+            stepper.step(work, updates, gate, ended)
+            self._ended.clear()
+        except BaseException:
+            self._ended.update(ended)  # which the next call leaves out
+            raise
+        finally:
+            start = self._config.start
+            moved += [r for r in ended if r.has_moments or moves_at_once(start, r.route.rule)]
+            for record in ended:
+                record.begin()
+                record.refresh_steps = updates[record].hyper.precondition_frequency
+            _count_updates(moved, 1)
+        self._foresight.end_step(work, stepper.cells)
 
-        moves = chunk.begun or _moves_at_once(self._config.start, rule)
-        if not chunk.begun:
-            self._begin_(chunk, state, gradient)
-        if moves:
-            direction, scale = rule.direction_(
-                state, gradient, hyper, step=chunk.steps + 1, scratch=(first, second), gate=gate
-            )
-        elif self._config.start == "fresh":
-            # In the eigenbasis of this very gradient Adam would amplify what is rounding noise.
-            torch.abs(gradient, out=first).add_(hyper.eps)
-            direction, scale = torch.div(gradient, first, out=second), 1.0
-        else:
-            return
-        if hyper.normalize_grads:
-            normalize_(direction, chunk)
-        apply_(direction, chunk, updates, scale=scale, gate=gate)
-        if chunk.begun:
-            rule.accumulate_(state, gradient, hyper, scratch=(first, second), gate=gate)
-        if moves:
-            self._refresh_due(chunk, state, (first, second), gate)
+    def _all(self) -> list[Extent]:
+        return [extent for cut in self._extents.values() for extent in cut]
 
-    def _pair(self, chunk: Chunk) -> Pair:
-        """Scratch of the gradient's shape."""
-        stack, shape = chunk.extent.stack, (chunk.stop - chunk.start, *chunk.extent.shape.dims)
-        first = self._scratch.take("first", shape, stack.dtype, stack.device)
-        return first, self._scratch.take("second", shape, stack.dtype, stack.device)
-
-    def _begin_(self, chunk: Chunk, state: BlockState, gradient: Tensor) -> None:
-        """First statistics and bases."""
-        chunk.extent.rule.begin_(state, gradient, chunk.hyper)
-        start = self._clock()
-        self._inline.begin_(chunk, state)
-        end = self._clock()
-        self._counters.refresh_s += end - start
-        self._governor.pace.made_bases(end - start)
-        self._draw("step", "first bases", start, end)
-
-    def _refresh_due(
-        self, chunk: Chunk, state: BlockState, scratch: Pair, gate: Tensor | None
-    ) -> None:
-        """Refresh or launch, after the update, what its step says."""
-        rule, hyper, step = chunk.extent.rule, chunk.hyper, chunk.steps + 1
-        if not rule.has_bases:
-            return
-        young = self._config.start == "fresh" and step < young_steps(hyper.shampoo_beta)
-        at_once = young and is_young_step(step, hyper.young_stride)
-        if at_once:
-            self._counters.young_steps.add(self._counters.steps)
-        if self._background is None:
-            latest = min(
-                self._units.latest(Unit(tile.record, tile.plan.ordinal)) for tile in chunk.tiles
-            )
-            period = hyper.precondition_frequency
-            at_once = at_once or is_due(step, period=period, version=latest)
-        if at_once:
-            start = self._clock()
-            first = all(t.record.versions[t.plan.ordinal] == 0 for t in chunk.tiles)
-            exact = self._config.refresh_method == "eigh" or (
-                self._config.start == "adam" and first
-            )
-            bound = _bound(self._config.start, hyper)
-            self._inline.refresh_(chunk, state, scratch, gate, exact=exact, bound=bound)
-            end = self._clock()
-            self._counters.refresh_s += end - start
-            self._round_s += end - start
-            self._draw("step", "refresh inside the step", start, end)
-        if self._background is not None:
-            if at_once:
-                self._background.forget_older(chunk)
-            else:
-                # Where early rounds are too dear to take place, early waits are as well.
-                prompt = young and hyper.young_stride == 1
-                self._background.launch_due(chunk, state, prompt=prompt)
-
-
-def _moves_at_once(start: str, rule: Algorithm) -> bool:
-    """Whether the first gradient already advances the moments."""
-    return start == "adam" or (start == "fresh" and not rule.has_bases)
-
-
-def _bound(start: str, hyper: Hyperparameters) -> float | None:
-    """Of the ratio of the moments; the published code lets it grow without bound."""
-    return None if start == "eigh" else largest_ratio(hyper)
+    def _relieve(self) -> None:
+        """Move state to a lower tier where memory is short."""
+        extents = self._all()
+        moved = True  # some of it, if it raises
+        try:
+            moved = self._residence.relieve(extents)
+        finally:
+            if moved:
+                show(extents)
+                self._foresight.watch(extents)
 
 
 def _count_updates(records: list[ParameterRecord], change: int) -> None:

@@ -6,19 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from asteria.linalg.verified import Failures, verified_refresh
-from asteria.runtime.transfer import Link, Snapshot
+from asteria.runtime.snapshots import Snapshots
+from asteria.runtime.transfer import Link, Result
 
 __all__ = ["Refreshed", "refresh_job"]
 
 
 @dataclass(slots=True)
 class Refreshed:
-    """What a job hands over: host tensors that nobody else holds."""
+    """What a job hands over: bases that nobody else holds."""
 
-    bases: list[Tensor | None]
+    bases: list[Result | None]
     """(b, n, n) for each mode that has a factor, verified."""
     failures: list[Failures]
     """One for each mode that has a factor."""
@@ -28,7 +28,7 @@ class Refreshed:
     @property
     def count(self) -> int:
         """Bases in all."""
-        return sum(len(basis) for basis in self.bases if basis is not None)
+        return sum(basis.shape[0] for basis in self.bases if basis is not None)
 
     @property
     def kept(self) -> list[str]:
@@ -37,25 +37,12 @@ class Refreshed:
 
 
 def refresh_job(
-    link: Link,
-    factors: list[Tensor | None],
-    bases: list[Tensor | None],
-    *,
-    exact: bool,
-    sort: bool,
-    copy_bases: bool,
+    snapshots: Snapshots, link: Link, *, exact: bool, sort: bool
 ) -> Callable[[], Refreshed]:
     """Work for a worker thread that refreshes every mode with a factor.
 
-    Takes snapshots now: the factors change with the next step. ``copy_bases`` where the bases in
-    use may be replaced before the work is done. The work holds tensors and nothing else.
+    It holds tensors and nothing else.
     """
-    snapshots = [
-        None
-        if factor is None or basis is None
-        else (link.snapshot(factor, copy=True), link.snapshot(basis, copy=copy_bases))
-        for factor, basis in zip(factors, bases, strict=True)
-    ]
 
     def work() -> Refreshed:
         return _refreshed(snapshots, link, exact=exact, sort=sort)
@@ -63,10 +50,8 @@ def refresh_job(
     return work
 
 
-def _refreshed(
-    snapshots: list[tuple[Snapshot, Snapshot] | None], link: Link, *, exact: bool, sort: bool
-) -> Refreshed:
-    fresh: list[Tensor | None] = []
+def _refreshed(snapshots: Snapshots, link: Link, *, exact: bool, sort: bool) -> Refreshed:
+    fresh: list[Result | None] = []
     failures = []
     turned = [0.0]
     for pair in snapshots:
@@ -75,8 +60,10 @@ def _refreshed(
             continue
         factor, basis = pair[0].on_host(), pair[1].on_host()
         outcome = verified_refresh(factor, basis, exact=exact, sort=sort)
+        del factor
         cosines = torch.linalg.vecdot(outcome.basis, basis, dim=-2)
         turned.append(1 - float(cosines.square().mean()))
+        del basis
         failures.append(outcome.failures)
         fresh.append(link.outgoing(outcome.basis))
     return Refreshed(fresh, failures, max(turned))

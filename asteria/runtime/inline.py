@@ -12,9 +12,11 @@ from asteria.config.runtime import RuntimeConfig
 from asteria.linalg.eigenbasis import eigh_basis, matched_eigh_basis, orthogonal_iteration
 from asteria.linalg.modes import replace_
 from asteria.linalg.verified import Failures, verified_refresh
-from asteria.runtime.chunks import CHUNK_BYTES, Chunk
+from asteria.runtime.chunks import Chunk
+from asteria.runtime.extents import CHUNK_BYTES
 from asteria.runtime.records import Tile
-from asteria.runtime.units import Unit, Units
+from asteria.runtime.rows import rotate_
+from asteria.runtime.units import Units, unit_of
 from asteria.telemetry.counters import Counters
 
 __all__ = ["InlineRefresher"]
@@ -40,7 +42,7 @@ class InlineRefresher:
             if factor is None or basis is None:
                 continue
             failures = Failures()
-            if self._config.start == "adam":
+            if self._config.start == "adam" and not chunk.has_moments:
                 basis.copy_(torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device))
                 continue
             on_host = factor.device.type == "cpu" or self._config.refresh_on == "host"
@@ -55,7 +57,7 @@ class InlineRefresher:
                 else:
                     self._count_on_device(fresh.usable)
             for tile in chunk.tiles if failures.kept else ():
-                self._units.judge(_unit(tile), _reasons(chunk, tile, [failures]))
+                self._units.judge(unit_of(tile), _reasons(chunk, tile, [failures]))
 
     def refresh_(
         self,
@@ -86,7 +88,7 @@ class InlineRefresher:
                     )
                     failures.append(found.moved(blocks.start))
             pair = (scratch[0][blocks], scratch[1][blocks])
-            rule.rotate_(part, fresh, scratch=pair, gate=gate, bound=bound)
+            rotate_(rule, part, fresh, scratch=pair, gate=gate, bound=bound)
             for mode, basis in enumerate(fresh):
                 if basis is not None:
                     replace_(part[f"basis_{mode}"], basis, gate)
@@ -95,7 +97,7 @@ class InlineRefresher:
 
     def _settle(self, chunk: Chunk, tile: Tile, reasons: list[str]) -> None:
         """Take note of what has become of a tile's bases."""
-        unit, step = _unit(tile), chunk.steps + 1
+        unit, step = unit_of(tile), chunk.steps + 1
         bases = tile.plan.blocks * len(tile.plan.shape.factor_sizes())
         self._counters.refreshes += bases
         self._counters.installs += bases - len(reasons)
@@ -126,10 +128,6 @@ class InlineRefresher:
         failed = (~usable).sum()
         known = self._device_failures.get(failed.device, torch.zeros_like(failed))
         self._device_failures[failed.device] = known + failed
-
-
-def _unit(tile: Tile) -> Unit:
-    return Unit(tile.record, tile.plan.ordinal)
 
 
 def _reasons(chunk: Chunk, tile: Tile, failures: list[Failures]) -> list[str]:

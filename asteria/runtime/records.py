@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from asteria.algorithms.algorithm import Algorithm, BlockShape, BlockState
+from asteria.algorithms.algorithm import Algorithm, BlockShape
+from asteria.config.hyperparameters import FIRST_PERIOD
 from asteria.errors import ParameterChangedError
-from asteria.store.stack import FieldSpec, Stack
+from asteria.runtime.entries import Entries
+from asteria.store.layout import FieldSpec, Life
 
-__all__ = ["Extent", "ExtentKey", "ParameterRecord", "Route", "Tile", "TilePlan", "state_dtype"]
+__all__ = ["ParameterRecord", "Route", "Tile", "TilePlan", "is_rebuilt", "state_dtype"]
+
+
+def is_rebuilt(key: str) -> bool:
+    """Whether a state's key belongs to bases and factors, which a gradient can make anew."""
+    return key.startswith(("born", "version", "basis_", "factor_", "shadow_"))
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
@@ -62,21 +68,32 @@ class Route:
             blocks = sum(tile.blocks for tile in self.tiles if tile.shape == shape)
             yield ("" if len(shapes) == 1 else f".{index}"), shape, blocks
 
+    def place_of(self, plan: TilePlan) -> tuple[str, int, int]:
+        """(suffix of its keys, first block of the tile, blocks in all) among those of its shape."""
+        suffix, blocks = next((s, n) for s, shape, n in self.extents() if shape == plan.shape)
+        earlier = self.tiles[: plan.ordinal]
+        return suffix, sum(t.blocks for t in earlier if t.shape == plan.shape), blocks
+
     def entry_shapes(self, parameter_shape: torch.Size) -> dict[str, tuple[int, ...]]:
-        """Key and shape of every state tensor; ``step`` and ``version`` count on the host."""
+        """Key and shape of every state tensor but those of refreshes in flight."""
         shapes: dict[str, tuple[int, ...]] = {"step": ()}
         if self.rule.has_bases:
-            shapes["version"] = (len(self.tiles),)
+            shapes |= {"born": (), "version": (len(self.tiles),)}
         for suffix, block, blocks in self.extents():
             for spec in self.rule.fields(block):
                 shapes[spec.name + suffix] = self._shown_shape(spec, block, blocks, parameter_shape)
         return shapes
 
+    def slim_shapes(self, parameter_shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        """Key and shape of what is left where bases and factors are left out."""
+        shapes = self.entry_shapes(parameter_shape)
+        return {key: shape for key, shape in shapes.items() if not is_rebuilt(key)}
+
     def _shown_shape(
         self, spec: FieldSpec, block: BlockShape, blocks: int, parameter_shape: torch.Size
     ) -> tuple[int, ...]:
         """A moment looks like its parameter where it can; one block needs no leading dim."""
-        if spec.shape == block.dims and self.keeps_layout:
+        if spec.shape == block.dims and spec.life is Life.STEP and self.keeps_layout:
             return tuple(parameter_shape)
         return spec.shape if blocks == 1 else (blocks, *spec.shape)
 
@@ -89,9 +106,9 @@ class Route:
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Tile:
-    """A tile plan with its place: blocks ``start`` to ``stop`` of ``extent``'s stack."""
+    """A tile plan with its place: blocks ``start`` to ``stop`` of its extent."""
 
     record: ParameterRecord
     plan: TilePlan
@@ -99,29 +116,14 @@ class Tile:
     stop: int
 
 
-class ExtentKey(NamedTuple):
-    """What blocks must have in common to live in one stack."""
+class _Referable:
+    """What may be referred to weakly, although it has slots."""
 
-    rule: Algorithm
-    shape: BlockShape
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(slots=True)
-class Extent:
-    """A stack with the tiles that live in it, in order of their place."""
-
-    rule: Algorithm
-    shape: BlockShape
-    stack: Stack
-    tiles: list[Tile] = field(default_factory=list)
-    windows: dict[tuple[int, int], BlockState] = field(default_factory=dict)
-    """Views of the stack that the last steps used, by their first and last block."""
+    __slots__ = ("__weakref__",)
 
 
 @dataclass(slots=True, eq=False)
-class ParameterRecord:
+class ParameterRecord(_Referable):
     """What the runtime knows about one parameter that has state. Training thread only."""
 
     parameter: Tensor
@@ -135,16 +137,22 @@ class ParameterRecord:
     steps: int = 0
     """Updates of the moments so far."""
     begun: bool = False
-    """Whether the first gradient has been seen."""
+    """Whether the gradient that the factors begin with has been seen."""
+    born: int = 1
+    """Updates before that gradient; more than there were as long as it has not come."""
     versions: list[int] = field(default_factory=list)
     """Of each tile: the step whose factors its eigenbases were computed from."""
-    entries: dict[str, Tensor] = field(default_factory=dict)
-    """The state as the optimizer shows it: views of the stacks, and counters on the host."""
+    entries: Entries = field(default_factory=Entries)
+    """The state as the optimizer shows it: views of it, and counters on the host."""
 
-    shown: tuple[tuple[str, Tensor], ...] = ()
-    """What was put into ``entries``, to see whether anybody replaces it."""
+    shown: tuple[tuple[str, Tensor | None], ...] = ()
+    """What was put into ``entries``, to see whether anybody replaces it; None is away."""
     options: tuple[object, ...] = ()
     """Of the group, as far as the route depends on them."""
+    refresh_steps: int = FIRST_PERIOD
+    """Steps between refreshes, as its group says."""
+    in_flight: tuple[str, ...] = ()
+    """Entries that tell of refreshes in flight, made when they are asked for."""
 
     @classmethod
     def of(
@@ -155,6 +163,7 @@ class ParameterRecord:
         *,
         route: Route,
         options: tuple[object, ...] = (),
+        refresh_steps: int = FIRST_PERIOD,
     ) -> ParameterRecord:
         """A record of the parameter as it is now, which has no state yet."""
         return cls(
@@ -166,7 +175,21 @@ class ParameterRecord:
             dtype=parameter.dtype,
             device=parameter.device,
             options=options,
+            refresh_steps=refresh_steps,
         )
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether there are moments to go on with, be it without bases."""
+        return self.begun or self.steps > 0
+
+    def begin(self) -> None:
+        """The first gradient is there; for the bases, not for moments that were loaded."""
+        if not self.begun:
+            self.begun = True
+            self.born = self.steps
+            if "born" in self.entries:
+                self.entries["born"].fill_(self.born)
 
     def set_version(self, ordinal: int, version: int) -> None:
         """The bases of a tile are of this step's factors from now on."""
@@ -178,8 +201,15 @@ class ParameterRecord:
 
         Others may keep tensors of their own beside ours.
         """
-        return entries is self.entries and all(
-            entries.get(key) is tensor for key, tensor in self.shown
+        return (
+            entries is self.entries
+            and all(map(self.entries.is_away, self.in_flight))
+            and all(
+                self.entries.is_away(key)
+                if tensor is None
+                else dict.get(self.entries, key) is tensor
+                for key, tensor in self.shown
+            )
         )
 
     def check_unchanged(self) -> None:

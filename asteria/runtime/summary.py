@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from asteria.runtime.background import BackgroundRefresher
 from asteria.runtime.governor import Governor
-from asteria.runtime.inline import InlineRefresher
+from asteria.runtime.residence import Residence
+from asteria.runtime.stepper import Stepper
 from asteria.runtime.units import Units
 from asteria.telemetry.counters import Counters, Stats
 
@@ -14,13 +17,14 @@ __all__ = ["summarize"]
 def summarize(
     counted: Counters,
     units: Units,
-    inline: InlineRefresher,
+    stepper: Stepper,
     background: BackgroundRefresher | None,
     governor: Governor,
+    residence: Residence,
 ) -> Stats:
     """What was done so far; waits for the devices' counters."""
     failures = dict(counted.failures)
-    if on_devices := inline.device_failures():
+    if on_devices := stepper.device_failures():
         failures["on the device"] = on_devices
     pipeline = None if background is None else background.pipeline
     return Stats(
@@ -43,4 +47,7 @@ def summarize(
         host_utilization=background.utilization() if background else 0.0,
         sustainable_period=governor.affordable_period(),
         young_rounds=len(counted.young_steps),
+        tier_bytes=residence.bytes_at,
+        tier_peak_bytes=residence.peak_bytes_at,
+        traffic=replace(residence.traffic),
     )

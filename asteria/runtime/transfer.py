@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["DeviceLink", "HostLink", "Link", "Snapshot", "link_to"]
+from asteria.errors import StoreError
+from asteria.store.buffers import host_memory
+from asteria.store.lane import current_stream
+from asteria.store.tier import Lease, Tier
+
+__all__ = [
+    "DeviceLink",
+    "HostLink",
+    "Link",
+    "Result",
+    "Snapshot",
+    "StoredResult",
+    "TierLink",
+    "in_memory",
+    "link_to",
+]
 
 
 class Snapshot(Protocol):
@@ -17,6 +31,29 @@ class Snapshot(Protocol):
 
     def on_host(self) -> Tensor:
         """The values in host memory; waits for the copy. For a worker thread."""
+
+
+class StoredResult:
+    """A result that waits on NVMe until it is installed."""
+
+    def __init__(self, tensor: Tensor, tier: Tier) -> None:
+        """``tensor`` (b, n, n), column after column in memory; waits until it is written.
+
+        Raises StoreError if it cannot be.
+        """
+        self.shape, self._dtype = tensor.shape, tensor.dtype
+        source = tensor.mT.contiguous().view(torch.uint8).view(-1)
+        self._lease = Lease(tier, tier.put(source))
+        self._lease.slot.wait()
+
+    def load(self) -> Tensor:
+        """The result in memory of its own; raises StoreCorruptError if it is not what it was."""
+        memory = host_memory(self._lease.slot.nbytes)
+        self._lease.tier.get(self._lease.slot, memory).wait()
+        return memory.view(self._dtype).view(self.shape).mT
+
+
+Result = Tensor | StoredResult
 
 
 class Link(Protocol):
@@ -31,11 +68,14 @@ class Link(Protocol):
         For the training thread; no waiting.
         """
 
-    def outgoing(self, tensor: Tensor) -> Tensor:
-        """A result in memory that a transfer can start from. For a worker thread."""
+    def outgoing(self, tensor: Tensor) -> Result:
+        """A result where a transfer can start from. For a worker thread."""
 
-    def stage(self, tensor: Tensor) -> Tensor:
-        """Start the transfer of a result to the device. For the training thread; no waiting."""
+    def stage(self, result: Result) -> Tensor:
+        """Start the transfer of a result to the device. For the training thread.
+
+        Waits for the disk only, if the result is there.
+        """
 
     def arrived(self, staged: Iterable[Tensor]) -> None:
         """Let the device's next work, which uses ``staged``, come after all transfers.
@@ -61,16 +101,30 @@ class HostLink:
         """See `Link`."""
         return _HostSnapshot(tensor.clone() if copy else tensor)
 
-    def outgoing(self, tensor: Tensor) -> Tensor:
+    def outgoing(self, tensor: Tensor) -> Result:
         """See `Link`."""
         return tensor
 
-    def stage(self, tensor: Tensor) -> Tensor:
+    def stage(self, result: Result) -> Tensor:
         """See `Link`."""
-        return tensor
+        return in_memory(result)
 
     def arrived(self, staged: Iterable[Tensor]) -> None:
         """See `Link`."""
+
+
+class TierLink(HostLink):
+    """For parameters in host memory whose bases are on NVMe: results wait there, too."""
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+
+    def outgoing(self, tensor: Tensor) -> Result:
+        """See `Link`. What cannot be written stays in memory."""
+        try:
+            return StoredResult(tensor, self._tier)
+        except StoreError:
+            return tensor
 
 
 class _DeviceSnapshot:
@@ -98,24 +152,24 @@ class DeviceLink:
         # In the memory order of the device, so that the transfer is one piece.
         host = torch.empty_like(kept, device="cpu", pin_memory=True)
         self._stream.wait_stream(torch.accelerator.current_stream(self._device))
-        with _current(self._stream):
+        with current_stream(self._stream):
             host.copy_(kept, non_blocking=True)
             arrived = torch.Event(self._device, blocking=True)  # a spinning worker takes a core
             arrived.record(self._stream)
         kept.record_stream(self._stream)
         return _DeviceSnapshot(host, arrived)
 
-    def outgoing(self, tensor: Tensor) -> Tensor:
+    def outgoing(self, tensor: Tensor) -> Result:
         """See `Link`."""
         # Else pinning would occupy the first device, which may be another rank's.
         torch.get_device_module(self._device).set_device(self._device)
         pinned = torch.empty_like(tensor, pin_memory=True)
         return pinned.copy_(tensor)
 
-    def stage(self, tensor: Tensor) -> Tensor:
+    def stage(self, result: Result) -> Tensor:
         """See `Link`. The result belongs to the side stream until `arrived`."""
-        with _current(self._stream):
-            return tensor.to(self._device, non_blocking=True)
+        with current_stream(self._stream):
+            return in_memory(result).to(self._device, non_blocking=True)
 
     def arrived(self, staged: Iterable[Tensor]) -> None:
         """See `Link`."""
@@ -125,17 +179,9 @@ class DeviceLink:
             tensor.record_stream(stream)
 
 
-@contextlib.contextmanager
-def _current(stream: torch.Stream) -> Iterator[None]:
-    """Issue work on ``stream``; a Stream is no context manager before torch 2.7."""
-    device = torch.accelerator.current_device_index()
-    before = torch.accelerator.current_stream(stream.device)
-    torch.accelerator.set_stream(stream)  # which also makes its device the current one
-    try:
-        yield
-    finally:
-        torch.accelerator.set_stream(before)
-        torch.accelerator.set_device_index(device)
+def in_memory(result: Result) -> Tensor:
+    """A result in host memory, wherever it has waited."""
+    return result.load() if isinstance(result, StoredResult) else result
 
 
 def link_to(device: torch.device) -> Link:

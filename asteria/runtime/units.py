@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from asteria.errors import RefreshError
 from asteria.refresh.schedule import phases
-from asteria.runtime.records import ParameterRecord
+from asteria.runtime.records import ParameterRecord, Tile
 from asteria.telemetry.counters import Counters
 
-__all__ = ["Memory", "Unit", "Units"]
+__all__ = ["Memory", "Unit", "Units", "unit_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,11 @@ class Unit:
     def __str__(self) -> str:
         several = len(self.record.route.tiles) > 1
         return f"{self.record.name}, tile {self.ordinal}" if several else self.record.name
+
+
+def unit_of(tile: Tile) -> Unit:
+    """The unit that a tile is."""
+    return Unit(tile.record, tile.plan.ordinal)
 
 
 @dataclass(slots=True)
@@ -88,6 +93,12 @@ class Units:
         self._count_ages(unit, self._counters.staleness, last_use)
         self._memories[unit].used_from = last_use + 1
         self._replacements.append((unit, unit.record.versions[unit.ordinal], version))
+        unit.record.set_version(unit.ordinal, version)
+
+    def installed(self, unit: Unit, version: int) -> None:
+        """A basis of ``version`` is used from the next update on; this is never taken back."""
+        self._count_ages(unit, self._counters.staleness, unit.record.steps)
+        self._memories[unit].used_from = unit.record.steps + 1
         unit.record.set_version(unit.ordinal, version)
 
     def begin_step(self) -> Callable[[], None]:

@@ -31,14 +31,14 @@ def gather(chunk: Chunk, scratch: Scratch, gate: Tensor | None) -> Tensor:
     They are copied together, unless there is but one and it fits as it is. A closed gate leaves
     zeros, so that nothing non-finite is in the arithmetic.
     """
-    stack = chunk.extent.stack
-    shape = (chunk.stop - chunk.start, *chunk.extent.shape.dims)
+    extent = chunk.extent
+    shape = (chunk.stop - chunk.start, *chunk.shape.dims)
     regions = [_region(tile, tile.record.parameter.grad) for tile in chunk.tiles]
     only = regions[0]
-    as_is = only.dtype == stack.dtype and only.is_contiguous()
+    as_is = only.dtype == extent.dtype and only.is_contiguous()
     if len(regions) == 1 and as_is and gate is None and not chunk.hyper.maximize:
         return only.view(shape)
-    out = scratch.take("gradient", shape, stack.dtype, stack.device)
+    out = scratch.take("gradient", shape, extent.dtype, extent.device)
     torch._foreach_copy_(_slots(chunk, out, regions), regions)
     if gate is not None:
         out.masked_fill_(gate == 0, 0)
@@ -55,7 +55,7 @@ def _region(tile: Tile, tensor: Tensor | None) -> Tensor:
 
 def normalize_(direction: Tensor, chunk: Chunk) -> None:
     """Scale each block (each parameter, under the AdamW rule) to a root mean square of 1."""
-    if chunk.extent.shape.dims:
+    if chunk.shape.dims:
         parts = [direction]
     else:
         parts = [
@@ -133,7 +133,8 @@ def _round_into_(target: Tensor, weight: Tensor, chunk: Chunk, tile: Tile) -> No
         # The noise depends on what is rounded and when, and on nothing that a resumed run, another
         # rank or another chunking could do differently.
         seed = 0
-        for part in (tile.record.index, tile.plan.ordinal, chunk.steps, chunk.begun):
+        rows = tile.plan.slices[0].start if len(tile.plan.slices) == 1 else 0
+        for part in (tile.record.index, tile.plan.ordinal, chunk.steps, chunk.begun, rows):
             seed = (seed * 1_000_003 + part) % 2**63
         generator = torch.Generator(target.device).manual_seed(seed)
         weight = stochastic_round(weight, generator)

@@ -6,7 +6,29 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Counters", "Stats"]
+__all__ = ["Counters", "Stats", "Traffic"]
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What was moved between tiers for steps. For the training thread."""
+
+    read_bytes: int = 0
+    """From NVMe."""
+    written_bytes: int = 0
+    """To NVMe."""
+    uploaded_bytes: int = 0
+    """From pinned memory to the device."""
+    downloaded_bytes: int = 0
+    """From the device to pinned memory."""
+    waits: int = 0
+    """Times that a step needed state that is not at home on the device."""
+    wait_s: float = 0.0
+    """Seconds that it took to have it, and room for it."""
+    failed_writes: int = 0
+    """Writes after which the state stayed in memory."""
+    demoted_bytes: int = 0
+    """Moved one tier down because free memory was short."""
 
 
 @dataclass(slots=True)
@@ -73,8 +95,15 @@ class Stats:
     far; 0 as long as too little is known. The one in use stands in the parameter groups."""
     young_rounds: int
     """Steps whose refreshes were computed at once because the factors were young."""
+    tier_bytes: Mapping[str, int]
+    """Tier (``"device"``, ``"pinned"``, ``"nvme"``) -> bytes that state takes there now. Where the
+    device computes in host memory, that is ``"device"``."""
+    tier_peak_bytes: Mapping[str, int]
+    """The most that it took so far, what flows through a step included."""
+    traffic: Traffic
+    """What steps have moved between the tiers."""
 
     @property
     def visible_s(self) -> float:
-        """Seconds that step() took in all."""
+        """Seconds that step() took in all; `update_s` includes waits for state to come."""
         return self.update_s + self.refresh_s + self.install_s + self.wait_s

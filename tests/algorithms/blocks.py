@@ -8,7 +8,7 @@ from torch import Tensor
 
 from asteria.algorithms.algorithm import Algorithm, BlockShape, Pair
 from asteria.config.hyperparameters import Hyperparameters
-from asteria.store.stack import Stack
+from asteria.store.layout import Layout
 
 BLOCKS = 3
 
@@ -57,8 +57,8 @@ def rotation(size: int, seed: int) -> Tensor:
 
 
 def zero_state(rule: Algorithm, shape: BlockShape) -> dict[str, Tensor]:
-    stack = Stack(rule.fields(shape), BLOCKS, torch.float64, torch.device("cpu"))
-    return dict(stack.window(0, BLOCKS))
+    layout = Layout(rule.fields(shape), BLOCKS, torch.float64)
+    return layout.views(torch.zeros(layout.nbytes, dtype=torch.uint8))
 
 
 def random_state(rule: Algorithm, shape: BlockShape) -> dict[str, Tensor]:

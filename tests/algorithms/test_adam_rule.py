@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from asteria.algorithms.adam import AdamW, adam_update_, bias_correction, bound_ratio_, ema_
-from asteria.algorithms.algorithm import BlockShape
+from asteria.algorithms.algorithm import BlockShape, accumulate_
 from tests.algorithms.blocks import (
     BLOCKS,
     changed,
@@ -108,6 +108,6 @@ def test_it_has_two_moments_and_nothing_else_to_do() -> None:
     assert not rule.has_bases
     before, gradient = copied(state), normal(BLOCKS)
     rule.begin_(state, gradient, hyper())
-    rule.accumulate_(state, gradient, hyper(), scratch=scratch_of(gradient), gate=None)
+    accumulate_(rule, state, gradient, hyper(), scratch=scratch_of(gradient), gate=None)
     rule.rotate_(state, [], scratch=scratch_of(gradient), gate=None)
     assert changed(before, state) == set()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asteria.algorithms.algorithm import BlockShape
+from asteria.algorithms.algorithm import BlockShape, accumulate_
 from asteria.algorithms.kl import KLSOAP, KLShampoo
 from tests.algorithms.blocks import (
     BLOCKS,
@@ -125,7 +125,7 @@ def run(rule: KLShampoo | KLSOAP, shape: BlockShape, scale: float) -> Tensor:
             rule.begin_(state, gradient, given)
         update, _ = rule.direction_(state, gradient, given, step=step, scratch=pair, gate=None)
         update = update.clone()
-        rule.accumulate_(state, gradient, given, scratch=pair, gate=None)
+        accumulate_(rule, state, gradient, given, scratch=pair, gate=None)
     return update
 
 
@@ -189,7 +189,7 @@ def test_blocks_of_a_stack_do_not_meet(rule: KLShampoo | KLSOAP) -> None:
     for state, given in ((whole, gradient), (alone, gradient[1:2].clone())):
         pair = scratch_of(given)
         rule.direction_(state, given, hyper(), step=1, scratch=pair, gate=None)
-        rule.accumulate_(state, given, hyper(max_inverse_root=10), scratch=pair, gate=None)
+        accumulate_(rule, state, given, hyper(max_inverse_root=10), scratch=pair, gate=None)
     for name, tensor in whole.items():
         torch.testing.assert_close(tensor[1:2], alone[name], rtol=1e-12, atol=1e-14)
 

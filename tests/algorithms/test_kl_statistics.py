@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asteria.algorithms.algorithm import BlockShape
+from asteria.algorithms.algorithm import BlockShape, accumulate_
 from asteria.algorithms.kl import KLSOAP, KLShampoo
 from tests.algorithms.blocks import (
     BLOCKS,
@@ -105,7 +105,7 @@ def expected(gradient: Tensor, state: Mapping[str, Tensor], eps: float = 0.0) ->
 def test_accumulate(shape: BlockShape, rule: KLShampoo | KLSOAP, gate: Tensor | None) -> None:
     state, gradient = random_state(rule, shape), gradient_of(shape)
     before, kept = copied(state), gradient.clone()
-    rule.accumulate_(state, gradient, hyper(), scratch=scratch_of(gradient), gate=gate)
+    accumulate_(rule, state, gradient, hyper(), scratch=scratch_of(gradient), gate=gate)
     wanted = expected(gradient, before)
     assert changed(before, state) == wanted.keys()
     for name, value in wanted.items():
@@ -117,7 +117,7 @@ def test_accumulate(shape: BlockShape, rule: KLShampoo | KLSOAP, gate: Tensor | 
 def test_damping_adds_eps_times_the_other_modes_mean_square(shape: BlockShape) -> None:
     state, gradient = random_state(RULE, shape), gradient_of(shape)
     before, given = copied(state), hyper(damp_factors=True, eps=0.5)
-    RULE.accumulate_(state, gradient, given, scratch=scratch_of(gradient), gate=None)
+    accumulate_(RULE, state, gradient, given, scratch=scratch_of(gradient), gate=None)
     for name, value in expected(gradient, before, eps=0.5).items():
         torch.testing.assert_close(state[name], value)
     undamped = expected(gradient, before)
@@ -134,7 +134,7 @@ def test_inverse_roots_are_clamped_relative_to_the_scale(limit: float, bound: fl
     for mode in range(2):
         state[f"inverse_root_{mode}"].fill_(1e6)
     given, gradient = hyper(max_inverse_root=limit), 1e-9 * gradient
-    RULE.accumulate_(state, gradient, given, scratch=scratch_of(gradient), gate=None)
+    accumulate_(RULE, state, gradient, given, scratch=scratch_of(gradient), gate=None)
     allowed = (bound, max(10.0, min(2.0, limit)))
     for mode, size in enumerate((30, 2)):
         wanted = allowed[mode] * (0.1 / scales).sqrt().unsqueeze(-1).expand(3, size)
@@ -145,7 +145,7 @@ def test_without_clamping_inverse_roots_are_unbounded() -> None:
     shape = BlockShape((4, 3), (True, True))
     state, gradient = random_state(RULE, shape), torch.zeros(BLOCKS, 4, 3, dtype=torch.float64)
     state["inverse_root_0"].fill_(1e6)
-    RULE.accumulate_(state, gradient, hyper(), scratch=scratch_of(gradient), gate=None)
+    accumulate_(RULE, state, gradient, hyper(), scratch=scratch_of(gradient), gate=None)
     wanted = torch.full((BLOCKS, 4), 1e6 / 0.7**0.5, dtype=torch.float64)
     torch.testing.assert_close(state["inverse_root_0"], wanted)
 
@@ -157,7 +157,7 @@ def test_a_closed_gate_leaves_every_bit(shape: BlockShape, rule: KLShampoo | KLS
     before = copied(state)
     for gradient in (gradient_of(shape), torch.zeros_like(gradient_of(shape))):
         pair = scratch_of(gradient)
-        rule.accumulate_(state, gradient, hyper(), scratch=pair, gate=ZERO)
+        accumulate_(rule, state, gradient, hyper(), scratch=pair, gate=ZERO)
         rule.direction_(state, gradient, hyper(), step=2, scratch=pair, gate=ZERO)
         rule.rotate_(state, other_bases(state, shape), scratch=pair, gate=ZERO)
         assert changed(before, state) == set()
@@ -205,7 +205,7 @@ def test_a_block_whose_gradient_was_zero_takes_its_scale_from_the_first_that_is_
     assert not state["inverse_root_0"][1].any()
     scale = state["eigenvalue_scale"].clone()
     pair = scratch_of(second)
-    RULE.accumulate_(state, second, hyper(max_inverse_root=4000), scratch=pair, gate=None)
+    accumulate_(RULE, state, second, hyper(max_inverse_root=4000), scratch=pair, gate=None)
     scale[1] = second[1].square().mean() ** (1 / len(shape.dims))
     torch.testing.assert_close(state["eigenvalue_scale"], scale)
     for name, tensor in state.items():
@@ -223,5 +223,5 @@ def test_a_gradient_that_stays_zero_stays_harmless(shape: BlockShape) -> None:
             state, gradient, hyper(eps=1e-8), step=step, scratch=pair, gate=None
         )
         assert not update.any()
-        RULE.accumulate_(state, gradient, hyper(max_inverse_root=9), scratch=pair, gate=None)
+        accumulate_(RULE, state, gradient, hyper(max_inverse_root=9), scratch=pair, gate=None)
     assert not any(tensor.any() for tensor in state.values())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asteria.algorithms.algorithm import BlockShape
+from asteria.algorithms.algorithm import BlockShape, accumulate_
 from asteria.algorithms.soap import SOAP
 from tests.algorithms.blocks import (
     SHAPES,
@@ -110,7 +110,7 @@ def test_accumulate_decays_the_factors_by_their_own_beta(
 ) -> None:
     state, gradient = random_state(SOAP(), shape), gradient_of(shape)
     before, kept = copied(state), gradient.clone()
-    SOAP().accumulate_(state, gradient, hyper(), scratch=scratch_of(gradient), gate=gate)
+    accumulate_(SOAP(), state, gradient, hyper(), scratch=scratch_of(gradient), gate=gate)
     names = {f"factor_{mode}" for mode, factored in enumerate(shape.factored) if factored}
     assert changed(before, state) == names
     for name in names:
@@ -125,7 +125,7 @@ def test_a_closed_gate_leaves_every_bit(shape: BlockShape) -> None:
     before = copied(state)
     pair = scratch_of(gradient)
     SOAP().direction_(state, gradient, hyper(), step=3, scratch=pair, gate=ZERO)
-    SOAP().accumulate_(state, gradient, hyper(), scratch=pair, gate=ZERO)
+    accumulate_(SOAP(), state, gradient, hyper(), scratch=pair, gate=ZERO)
     fresh = other_bases(state, shape)
     SOAP().rotate_(state, fresh, scratch=pair, gate=ZERO)
     assert changed(before, state) == set()

@@ -32,7 +32,13 @@ PUBLIC = [
     "ParameterChangedError",
     "RefreshError",
     "RuntimeConfig",
+    "StoreCorruptError",
+    "StoreError",
+    "StoreFullError",
     "__version__",
+    "logging_dict",
+    "plan",
+    "slim",
 ]
 
 ERRORS: dict[str, tuple[type, ...]] = {
@@ -42,6 +48,9 @@ ERRORS: dict[str, tuple[type, ...]] = {
     "NonFiniteGradientError": (errors.GradientError,),
     "ParameterChangedError": (errors.AsteriaError, RuntimeError),
     "RefreshError": (errors.AsteriaError, RuntimeError),
+    "StoreError": (errors.AsteriaError, RuntimeError),
+    "StoreFullError": (errors.StoreError,),
+    "StoreCorruptError": (errors.StoreError,),
     "CheckpointError": (errors.AsteriaError, ValueError),
 }
 
@@ -99,7 +108,7 @@ def test_nothing_else_is_public() -> None:
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name != "__version__"])
 def test_a_public_name_is_documented_and_knows_where_it_is_from(name: str) -> None:
     value = getattr(asteria, name)
-    text = vars(value).get("__doc__") or ""
+    text = (vars(value).get("__doc__") if isinstance(value, type) else value.__doc__) or ""
     assert text.strip(), f"{name} has no docstring"
     assert not text.startswith(f"{name}("), f"{name} has only a generated docstring"
     assert value.__name__ == name

@@ -45,10 +45,6 @@ CHOICES: dict[str, tuple[list[Any], list[Any]]] = {
 }
 
 LATER: dict[str, Any] = {
-    "device_budget": "8GiB",
-    "host_budget": 1024,
-    "nvme_budget": "1TB",
-    "nvme_path": "/tmp",
     "process_group": object(),
     "node_size": 8,
 }
@@ -138,6 +134,12 @@ def test_workers_and_failures_are_counts(name: str) -> None:
         message = error(**{name: wrong})
         assert f"RuntimeConfig.{name} must be an int >= 1" in message
         assert f"found {wrong!r}" in message
+
+
+@pytest.mark.parametrize("name", ["device_budget", "host_budget", "nvme_budget"])
+@pytest.mark.parametrize("value", [0, 1024, "8GiB"])
+def test_a_budget_is_a_size(name: str, value: int | str) -> None:
+    assert getattr(RuntimeConfig(**{name: value}), name) == value  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["device_budget", "host_budget", "nvme_budget"])

@@ -35,7 +35,8 @@ def test_bytes_and_factors_are_those_of_the_state(arm: Arm, kind: str, dtype: to
     assert description == before
     total = 0
     for row, (name, p) in zip(description.rows, named, strict=True):
-        tensors = {key: t for key, t in optimizer.state[p].items() if key not in COUNTERS}
+        held = {key: t for key, t in optimizer.state[p].items() if key not in COUNTERS}
+        tensors = {key: t for key, t in held.items() if not key.startswith("shadow")}
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         assert row.state_bytes == size
         assert (row.name, row.shape, row.dtype) == (name, p.shape, str(dtype)[6:])
@@ -55,16 +56,18 @@ def test_bytes_and_factors_are_those_of_the_state(arm: Arm, kind: str, dtype: to
 
 @over_arms
 def test_state_bytes_are_all_that_the_state_takes(arm: Arm) -> None:
-    """Views of stacks: together they cover each stack once, and no stack is larger."""
+    """Views of cells: together they cover each cell once, but for gaps between fields."""
     optimizer = arm(parameters(SHAPES))
     train(optimizer, range(2))
-    storages = {}
+    storages, shown, views = {}, 0, 0
     for entries in optimizer.state.values():
         for key, t in entries.items():
-            if key not in COUNTERS and t.numel():
+            if key not in COUNTERS and not key.startswith("shadow") and t.numel():
                 storage = t.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
-    assert sum(storages.values()) == optimizer.describe().state_bytes
+                shown, views = shown + t.nbytes, views + 1
+    assert shown == optimizer.describe().state_bytes
+    assert shown <= sum(storages.values()) < shown + 64 * views
 
 
 @over_arms

@@ -71,12 +71,12 @@ def due_to_land(optimizer: SecondOrderOptimizer) -> Bits:
     """The bases that the next step will install, by their names in `everything`."""
     landing = {}
     for index, entries in optimizer.state_dict()["state"].items():
-        if "shadow_0_0_version" in entries:
-            if entries["shadow_0_0_lands"] <= entries["step"]:
+        if "shadow_lands" in entries:
+            if 0 < entries["shadow_lands"].item() <= entries["step"]:
                 landing |= {
-                    f"{index}.{key[len('shadow_0_0_') :]}": value[0]
+                    f"{index}.{key.removeprefix('shadow_')}": value[0, 0]
                     for key, value in entries.items()
-                    if key.startswith("shadow_0_0_basis")
+                    if key.startswith("shadow_basis")
                 }
     return landing
 

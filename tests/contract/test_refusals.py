@@ -58,7 +58,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
 
 def options_of(name: str) -> list[str]:
     optimizer = OPTIMIZERS[name](parameters())
-    return [key for key in optimizer.param_groups[0] if key != "params"]
+    return [key for key in optimizer.param_groups[0] if key not in ("params", "asteria")]
 
 
 @over_optimizers
@@ -214,10 +214,6 @@ UNKNOWN_RUNTIME: dict[str, list[Any]] = {
 NOT_BUILT_YET: dict[str, Any] = {
     "refresh_method": "ldlr",
     "refresh_on": "device",
-    "device_budget": "8GiB",
-    "host_budget": 2**30,
-    "nvme_budget": "1.5 TB",
-    "nvme_path": "cold",
     "state_dtype": torch.bfloat16,
     "shards": "local",
     "node_size": 8,

@@ -11,7 +11,7 @@ import torch
 
 from asteria import CheckpointError, RuntimeConfig
 from asteria.optim.optimizer import SecondOrderOptimizer
-from tests.support.arms import PERIOD, over_optimizers
+from tests.support.arms import OPTIMIZERS, PERIOD, over_optimizers
 from tests.support.asynchronous import GROWN, build, flying, manual
 from tests.support.training import (
     Bits,
@@ -19,6 +19,8 @@ from tests.support.training import (
     assert_same_bits,
     clones,
     everything,
+    parameters,
+    set_gradients,
     train,
 )
 
@@ -105,11 +107,81 @@ def test_saving_waits_for_the_workers_and_takes_nothing_from_the_run(name: str) 
     saved = optimizer.state_dict()["state"]
     assert not workers.queue
     assert flying(optimizer) == flights
-    keys = {key for entries in saved.values() for key in entries if key.startswith("shadow")}
-    assert {f"shadow_{tile}_0_version" for tile in (0, 1)} <= keys
-    assert not any(key.startswith("shadow") for e in optimizer.state.values() for key in e), (
-        "the live state has none"
-    )
+    assert all(saved[index]["shadow_lands"].all() for index in (0, 2, 3)), "every tile has one"
+
+
+def keys_and_shapes(state: State) -> dict[int, dict[str, tuple[int, ...]]]:
+    return {p: {key: tuple(t.shape) for key, t in e.items()} for p, e in state.items()}
+
+
+@pytest.mark.parametrize(("staleness", "places"), [(1, 1), (2, 1), (PERIOD, 2), (2 * PERIOD, 3)])
+@over_optimizers
+def test_keys_and_shapes_do_not_depend_on_what_is_in_flight(
+    name: str, staleness: int, places: int
+) -> None:
+    optimizer = run_of(name, staleness)
+    train(optimizer, [0])
+    first = keys_and_shapes(optimizer.state_dict()["state"])
+    assert first[0]["shadow_version"] == (places, 2)
+    assert first[0]["shadow_basis_0.0"] == (places, 1, 4, 4)
+    assert first[3]["shadow_basis_1"] == (places, 1, 2, 2)
+    assert not any(key.startswith("shadow") for key in first[1]), "a vector has no bases"
+    most = 0
+    for step in range(1, GROWN + 3 * PERIOD + staleness):
+        train(optimizer, [step])
+        saved = optimizer.state_dict()["state"]
+        assert keys_and_shapes(saved) == first
+        most = max(most, int(saved[2]["shadow_lands"].count_nonzero()))
+    assert most == places, "every place is used at times"
+
+
+@over_optimizers
+def test_the_live_state_has_the_keys_and_looking_at_them_waits_for_nobody(name: str) -> None:
+    optimizer, workers = manual(run_of(name))
+    train(optimizer, range(ALL_FLYING))
+    queue = list(workers.queue)
+    live = [list(optimizer.state[p]) for p in params_of(optimizer)]
+    assert workers.queue == queue
+    assert live == [list(entries) for entries in optimizer.state_dict()["state"].values()]
+
+
+@over_optimizers
+def test_without_staleness_nothing_is_ever_in_flight(name: str) -> None:
+    optimizer = run_of(name, staleness=0)
+    train(optimizer, range(3))
+    for entries in optimizer.state_dict()["state"].values():
+        assert not any(key.startswith("shadow") for key in entries)
+
+
+@over_optimizers
+def test_a_changed_schedule_needs_no_more_places(name: str) -> None:
+    """The phases move when a parameter gets its first gradient late."""
+    params = parameters(SHAPES)
+    optimizer = OPTIMIZERS[name](params, precondition_frequency=PERIOD, shampoo_beta=0.5)
+    for step in range(4 * GROWN):
+        set_gradients(params, step)
+        if step < 2 * GROWN:
+            params[0].grad = None
+        optimizer.step()
+        for entries in optimizer.state_dict()["state"].values():
+            assert entries.get("shadow_lands", torch.zeros(1, 1)).shape[0] == 1
+
+
+@pytest.mark.parametrize("keys", [("version",), ("shadow_version", "shadow_basis_0"), None])
+@over_optimizers
+def test_state_that_a_framework_moves_keeps_what_is_in_flight(
+    name: str, keys: tuple[str, ...] | None
+) -> None:
+    """As frameworks do after loading: every tensor, or some, replaced by an equal one."""
+    optimizer, undisturbed = run_of(name), run_of(name)
+    train(undisturbed, range(ALL_FLYING + 6))
+    train(optimizer, range(ALL_FLYING))
+    for entries in optimizer.state.values():
+        for key, value in entries.items():
+            if key in (keys or entries) and key != "step":
+                entries[key] = value.clone()
+    train(optimizer, range(ALL_FLYING, ALL_FLYING + 6))
+    assert_same_bits(all_of(optimizer), all_of(undisturbed))
 
 
 @over_optimizers
@@ -181,51 +253,47 @@ def test_state_without_flights_is_taken_too(name: str) -> None:
 
 
 def lacks_a_basis(state: State) -> list[str]:
-    del state[2]["shadow_0_0_basis_1"]
-    return ["parameter 2 of group 0: shadow_0_0_basis_1 is missing"]
+    del state[2]["shadow_basis_1"]
+    return ["parameter 2 of group 0: shadow_basis_1 is missing"]
 
 
 def lacks_the_version(state: State) -> list[str]:
-    del state[0]["shadow_1_0_version"]
-    return ["parameter 0 of group 0: shadow_1_0_version is missing"]
-
-
-def of_no_tile(state: State) -> list[str]:
-    state[2]["shadow_1_0_version"] = torch.tensor(3.0)
-    return ["parameter 2 of group 0: shadow_1_0_version is not part of"]
+    del state[0]["shadow_version"]
+    return ["parameter 0 of group 0: shadow_version is missing"]
 
 
 def of_no_mode(state: State) -> list[str]:
-    state[2]["shadow_0_0_basis_2"] = torch.eye(4)[None]
-    return ["parameter 2 of group 0: shadow_0_0_basis_2 is not part of"]
+    state[2]["shadow_basis_2"] = torch.eye(4)[None, None]
+    return ["parameter 2 of group 0: shadow_basis_2 is not part of"]
 
 
 def of_a_vector(state: State) -> list[str]:
-    state[1]["shadow_0_0_version"] = torch.tensor(3.0)
-    return ["parameter 1 of group 0: shadow_0_0_version is not part of adamw's state"]
+    state[1]["shadow_version"] = torch.tensor([[3.0]])
+    return ["parameter 1 of group 0: shadow_version is not part of adamw's state"]
 
 
 def misshapen(state: State) -> list[str]:
-    state[2]["shadow_0_0_basis_0"] = torch.eye(5)[None]
-    state[0]["shadow_0_0_version"] = torch.zeros(1)
+    state[2]["shadow_basis_0"] = torch.eye(5)[None, None]
+    state[0]["shadow_version"] = torch.zeros(1, 1)
+    state[3]["shadow_lands"] = torch.zeros(2, 1)
     return [
-        "parameter 2 of group 0: shadow_0_0_basis_0 has shape (1, 5, 5), needs (1, 4, 4)",
-        "parameter 0 of group 0: shadow_0_0_version has shape (1,), needs ()",
+        "parameter 2 of group 0: shadow_basis_0 has shape (1, 1, 5, 5), needs (1, 1, 4, 4)",
+        "parameter 0 of group 0: shadow_version has shape (1, 1), needs (1, 2)",
+        "parameter 3 of group 0: shadow_lands has shape (2, 1), needs (1, 1)",
     ]
 
 
 def misspelt(state: State) -> list[str]:
-    for key in ("shadow_0_version", "shadow_0_0_base_1", "shadow_a_0_version"):
+    for key in ("shadow_versions", "shadow_base_1"):
         state[3][key] = torch.tensor(1.0)
     return [
         f"parameter 3 of group 0: {key} is not part of"
-        for key in ("shadow_0_version", "shadow_0_0_base_1", "shadow_a_0_version")
+        for key in ("shadow_versions", "shadow_base_1")
     ]
 
 
 @pytest.mark.parametrize(
-    "spoil",
-    [lacks_a_basis, lacks_the_version, of_no_tile, of_no_mode, of_a_vector, misshapen, misspelt],
+    "spoil", [lacks_a_basis, lacks_the_version, of_no_mode, of_a_vector, misshapen, misspelt]
 )
 @over_optimizers
 def test_broken_flights_are_refused_and_listed(

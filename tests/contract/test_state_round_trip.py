@@ -150,6 +150,16 @@ def test_loading_before_the_first_step_was_saved(arm: Arm) -> None:
 
 
 @over_arms
+def test_loading_again_and_again_adds_no_option(arm: Arm) -> None:
+    optimizer = arm(parameters())
+    options = optimizer.param_groups[0].keys() | set()
+    for _ in range(3):
+        optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+        assert optimizer.param_groups[0].keys() == options
+    arm(parameters()).load_state_dict(optimizer.state_dict())
+
+
+@over_arms
 def test_loading_takes_the_groups_options(arm: Arm) -> None:
     params = parameters()
     source = arm([{"params": params[:1], "lr": 0.5}, {"params": params[1:], "betas": (0.1, 0.2)}])

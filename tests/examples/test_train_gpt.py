@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import asteria
 from examples import train_gpt
@@ -189,6 +190,30 @@ def test_a_killed_run_continues_and_ends_with_the_same_bits(
     assert whole["scheduler"]["last_epoch"] == parts["scheduler"]["last_epoch"] == STEPS
     for key, weight in whole["model"].items():
         assert torch.equal(weight, parts["model"][key]), key
+
+
+def logged(folder: Path) -> dict[str, list[int]]:
+    """The steps at which each scalar below ``folder`` was logged."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_every_step_once_though_the_run_was_killed(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--optimizers", "adamw", "soap", "--tensorboard", str(tmp_path / "board"))
+
+    def killed(*args: object) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(text, tmp_path, *more)
+    train(text, tmp_path, *more)
+    adamw, soap = (logged(tmp_path / "board" / name) for name in ("adamw", "soap"))
+    assert adamw == {"loss": list(range(STEPS))}
+    assert soap["loss"] == soap["asteria/waits"] == list(range(STEPS))
 
 
 def test_an_optimizer_is_closed_even_if_its_run_is_killed(

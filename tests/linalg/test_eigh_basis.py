@@ -143,3 +143,22 @@ def test_a_block_without_a_match_is_marked_and_its_neighbours_are_not() -> None:
     result = matched_eigh_basis(factor, basis)
     assert result.usable.tolist() == [False, True, True]
     assert torch.equal(result.basis[1:], clean[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_factor_of_zeros_has_the_identity_without_a_solver(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factor = factor_of(3, 4, dtype)
+    factor[1].zero_()
+    solved: list[Tensor] = []
+
+    def counting(matrix: Tensor) -> object:
+        solved.append(matrix)
+        return true_eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counting)
+    result = eigh_basis(factor)
+    assert len(solved) == 2
+    assert result.usable.all()
+    assert torch.equal(result.basis[1], torch.eye(4, dtype=dtype))

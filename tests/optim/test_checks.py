@@ -55,6 +55,13 @@ def test_a_sharded_parameter_is_refused() -> None:
         check_parameter("layer.weight", sharded)
 
 
+def test_a_parameter_that_fsdp_has_flattened_is_refused() -> None:
+    flat = parameter(torch.float32)
+    flat._is_flat_param = True
+    with pytest.raises(ConfigError, match=r"^layer.weight: FullyShardedDataParallel has flattened"):
+        check_parameter("layer.weight", flat)
+
+
 def test_a_dense_gradient_or_none_passes() -> None:
     one = parameter(torch.float32)
     check_gradient("p", one)

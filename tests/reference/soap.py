@@ -13,6 +13,7 @@ A mode without a factor has the basis None, which stands for the identity.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -186,6 +187,21 @@ class ReferenceSOAP:
             order = np.argsort(-estimates, kind="stable")
             self._variance = np.take(self._variance, order, axis=mode)
             bases[mode] = orthogonal_iteration(factor, basis[:, order])
+
+    def published_state(self) -> dict[str, Any]:
+        """The state as the published program keeps it, which has both moments in the bases, and an
+        empty list for a dim without a factor.
+        """
+        bases = self._bases or [None] * len(self._factors)
+        moments = {"exp_avg": project(self._momentum, bases), "exp_avg_sq": self._variance}
+        return {
+            "step": self._updates,
+            **{name: self.to_parameter(moment).copy() for name, moment in moments.items()},
+            "GG": [[] if f is None else f.copy() for f in self._factors],
+            "Q": [[] if q is None else q.copy() for q in bases],
+            "precondition_frequency": self._period,
+            "shampoo_beta": self._factor_beta,
+        }
 
     @property
     def block_dims(self) -> list[tuple[int, bool]]:

@@ -16,7 +16,7 @@ import pytest
 
 from asteria.errors import RefreshError
 from asteria.refresh.job import Job
-from asteria.refresh.pool import WorkerPool
+from asteria.refresh.pool import WorkerPool, jobs_and_threads
 
 PATIENCE_S = 60.0
 """For what should come at once; only a failing test takes so long."""
@@ -318,7 +318,7 @@ def test_the_end_of_a_child_does_not_touch_the_parents_threads(pool: WorkerPool,
 LONG_JOB = """
 import sys, threading, time, torch
 from asteria.refresh.job import Job
-from asteria.refresh.pool import WorkerPool
+from asteria.refresh.pool import WorkerPool, jobs_and_threads
 torch.set_num_threads(1)
 started = threading.Event()
 size = int(sys.argv[1])
@@ -353,3 +353,11 @@ def test_the_interpreter_ends_in_the_middle_of_a_long_job(size: int) -> None:
     took = time.time() - float(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
     assert took < 5, "of which half a second is ours; the rest is the machine's"
+
+
+@pytest.mark.parametrize(
+    ("workers", "jobs", "threads"), [(1, 1, 1), (3, 1, 3), (4, 1, 4), (7, 1, 4), (8, 2, 4)]
+)
+def test_workers_become_jobs_of_up_to_four_threads(workers: int, jobs: int, threads: int) -> None:
+    assert jobs_and_threads(workers) == (jobs, threads)
+    assert WorkerPool(workers).size == jobs

@@ -10,15 +10,19 @@ from torch import Tensor
 from asteria.algorithms.adam import AdamW
 from asteria.algorithms.algorithm import Algorithm, BlockShape
 from asteria.algorithms.soap import SOAP
-from asteria.runtime.admission import admit
+from asteria.config.runtime import RuntimeConfig
+from asteria.runtime.admission import Extents, admit
 from asteria.runtime.chunks import Chunk, Update, chunks
-from asteria.runtime.records import Extent, ExtentKey, ParameterRecord, Route, TilePlan
+from asteria.runtime.extents import Extent
+from asteria.runtime.records import ParameterRecord, Route, TilePlan
+from asteria.runtime.residence import Residence
+from asteria.store.layout import Life
 from tests.algorithms.blocks import hyper
 
 RULE = SOAP()
 ADAMW = AdamW()
 
-Extents = dict[ExtentKey, Extent]
+RESIDENCE = Residence(RuntimeConfig())
 
 
 def block(*dims: int) -> BlockShape:
@@ -69,14 +73,20 @@ def two_tiles(index: int) -> ParameterRecord:
 
 def admitted(*records: ParameterRecord) -> Extents:
     extents: Extents = {}
-    admit(records, {}, extents)
+    admit(records, {}, extents, RESIDENCE)
     return extents
 
 
 def extent_of(*records: ParameterRecord) -> Extent:
     """The one extent of records whose blocks all have one shape."""
-    (extent,) = admitted(*records).values()
+    (extent,) = extents_of(*records)
     return extent
+
+
+def extents_of(*records: ParameterRecord) -> list[Extent]:
+    """The extents of records whose blocks all have one shape."""
+    (extents,) = admitted(*records).values()
+    return extents
 
 
 def update(lr: float = 0.1, weight_decay: float = 0.0, **changes: Any) -> Update:
@@ -101,3 +111,8 @@ def fill(one: ParameterRecord, seed: int = 0) -> Tensor:
     with torch.no_grad():
         one.parameter.copy_(values(one, seed))
     return one.parameter.detach().clone()
+
+
+def fields(extent: Extent) -> dict[str, Tensor]:
+    """All fields of an extent that lives on the device."""
+    return dict(extent.window(0, extent.blocks, Life))

@@ -3,10 +3,19 @@
 import pytest
 import torch
 
-from asteria.runtime import chunks as chunks_module
-from asteria.runtime.chunks import CHUNK_BYTES, Chunk, Update, chunks
-from asteria.runtime.records import Extent, ParameterRecord
-from tests.runtime.layouts import ADAMW, chunk_of, extent_of, record, update
+from asteria.runtime import extents as extents_module
+from asteria.runtime.chunks import Chunk, Update, chunks
+from asteria.runtime.extents import CHUNK_BYTES, EXTENT_BYTES, Extent
+from asteria.runtime.records import ParameterRecord
+from tests.runtime.layouts import (
+    ADAMW,
+    chunk_of,
+    extent_of,
+    extents_of,
+    fields,
+    record,
+    update,
+)
 
 Layout = list[tuple[int, int, list[int]]]
 
@@ -19,13 +28,22 @@ def layout(extent: Extent, updates: dict[ParameterRecord, Update]) -> Layout:
     ]
 
 
+def spread(records: list[ParameterRecord], updates: dict[ParameterRecord, Update]) -> Layout:
+    """The same over all extents of the records, blocks counted from the first one's."""
+    found, first = [], 0
+    for extent in extents_of(*records):
+        found += [(a + first, b + first, indices) for a, b, indices in layout(extent, updates)]
+        first += extent.blocks
+    return found
+
+
 def matrices(count: int) -> list[ParameterRecord]:
     return [record(index, 2, 3) for index in range(count)]
 
 
 def limit_blocks(monkeypatch: pytest.MonkeyPatch, blocks: int, elements: int = 6) -> None:
     """Let a chunk hold so many float32 blocks."""
-    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", 4 * elements * blocks)
+    monkeypatch.setattr(extents_module, "CHUNK_BYTES", 4 * elements * blocks)
 
 
 def test_equal_neighbours_go_together() -> None:
@@ -57,19 +75,20 @@ def test_a_chunk_stays_within_its_bytes(
 ) -> None:
     limit_blocks(monkeypatch, blocks)
     records = matrices(7)
-    found = layout(extent_of(*records), {one: update() for one in records})
+    found = spread(records, {one: update() for one in records})
     assert [(start, stop) for start, stop, _ in found] == wanted
 
 
 def test_the_size_of_a_chunk_is_pinned() -> None:
     """Which blocks share a product, and with it the last bits of a run, depends on it."""
     assert CHUNK_BYTES == 32 * 1024**2
+    assert EXTENT_BYTES == 64 * 1024**2
 
 
 def test_float64_blocks_count_double(monkeypatch: pytest.MonkeyPatch) -> None:
     limit_blocks(monkeypatch, 4)
     records = [record(index, 2, 3, dtype=torch.float64) for index in range(4)]
-    found = layout(extent_of(*records), {one: update() for one in records})
+    found = spread(records, {one: update() for one in records})
     assert found == [(0, 2, [0, 1]), (2, 4, [2, 3])]
 
 
@@ -77,28 +96,28 @@ def test_narrow_parameters_count_as_their_float32_state(monkeypatch: pytest.Monk
     limit_blocks(monkeypatch, 2)
     dtypes = [torch.bfloat16, torch.float16, torch.float32, torch.bfloat16]
     records = [record(index, 2, 3, dtype=dtype) for index, dtype in enumerate(dtypes)]
-    found = layout(extent_of(*records), {one: update() for one in records})
+    found = spread(records, {one: update() for one in records})
     assert found == [(0, 2, [0, 1]), (2, 4, [2, 3])]
 
 
 def test_a_tile_above_the_limit_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     limit_blocks(monkeypatch, 3)
     records = [record(0, 2, 3), record(1, 5, 2, 3, batch=1), record(2, 2, 3), record(3, 2, 3)]
-    found = layout(extent_of(*records), {one: update() for one in records})
+    found = spread(records, {one: update() for one in records})
     assert found == [(0, 1, [0]), (1, 6, [1]), (6, 8, [2, 3])]
 
 
 def test_a_tile_of_many_blocks_fills_a_chunk_accordingly(monkeypatch: pytest.MonkeyPatch) -> None:
     limit_blocks(monkeypatch, 4)
     records = [record(0, 3, 2, 3, batch=1), record(1, 2, 3), record(2, 2, 3)]
-    found = layout(extent_of(*records), {one: update() for one in records})
+    found = spread(records, {one: update() for one in records})
     assert found == [(0, 4, [0, 1]), (4, 5, [2])]
 
 
 def test_single_elements_are_counted_by_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     limit_blocks(monkeypatch, 10, elements=1)
     records = [record(index, 4, rule=ADAMW) for index in range(5)]
-    found = layout(extent_of(*records), {one: update() for one in records})
+    found = spread(records, {one: update() for one in records})
     assert found == [(0, 8, [0, 1]), (8, 16, [2, 3]), (16, 20, [4])]
 
 
@@ -159,10 +178,10 @@ def test_the_state_of_a_chunk_is_viewed_once() -> None:
     records = matrices(3)
     extent, asked = extent_of(*records), {one: update() for one in records}
     first, again = next(chunks(extent, asked)), next(chunks(extent, asked))
-    assert first.state is again.state
-    for name, tensor in extent.stack.fields.items():
-        assert first.state[name].data_ptr() == tensor.data_ptr()
-        assert first.state[name].shape == tensor.shape
+    assert first.state()["exp_avg"] is again.state()["exp_avg"]
+    for name, tensor in fields(extent).items():
+        assert first.state()[name].data_ptr() == tensor.data_ptr()
+        assert first.state()[name].shape == tensor.shape
 
 
 def test_views_of_ever_new_chunks_do_not_pile_up() -> None:
@@ -171,9 +190,8 @@ def test_views_of_ever_new_chunks_do_not_pile_up() -> None:
     for start in range(5):
         for stop in range(start + 1, 6):
             (chunk,) = chunks(extent, {one: update() for one in records[start:stop]})
-            assert len(chunk.state["exp_avg"]) == stop - start
+            assert len(chunk.state()["exp_avg"]) == stop - start
             assert (
-                chunk.state["exp_avg"].data_ptr()
-                == extent.stack.fields["exp_avg"][start].data_ptr()
+                chunk.state()["exp_avg"].data_ptr() == fields(extent)["exp_avg"][start].data_ptr()
             )
-    assert len(extent.windows) <= 6
+    assert all(len(cell._windows) <= 6 for cell in extent.cells.values())

@@ -6,7 +6,15 @@ import torch
 from asteria.errors import ParameterChangedError
 from asteria.runtime.admission import admit
 from asteria.runtime.records import TilePlan, state_dtype
-from tests.runtime.layouts import ADAMW, ParameterRecord, admitted, block, record, two_tiles
+from tests.runtime.layouts import (
+    ADAMW,
+    RESIDENCE,
+    ParameterRecord,
+    admitted,
+    block,
+    record,
+    two_tiles,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +46,7 @@ def test_entries_of_one_block_shape() -> None:
     one = record(0, 5, 2, 3, batch=1)
     assert one.route.entry_shapes(one.shape) == {
         "step": (),
+        "born": (),
         "version": (1,),
         "exp_avg": (5, 2, 3),
         "exp_avg_sq": (5, 2, 3),
@@ -144,7 +153,7 @@ def test_a_record_knows_whether_its_state_was_replaced(one: ParameterRecord) -> 
 def test_restacking_is_no_replacement() -> None:
     one = record(1, 2, 3)
     extents = admitted(one)
-    admit([record(0, 2, 3)], {}, extents)
+    admit([record(0, 2, 3)], {}, extents, RESIDENCE)
     assert one.shows(one.entries)
 
 

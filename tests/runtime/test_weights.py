@@ -1,5 +1,6 @@
 """Directions become weights, in any dtype and layout."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from asteria.linalg.scratch import Scratch
-from asteria.runtime import chunks as chunks_module
+from asteria.runtime import extents as extents_module
 from asteria.runtime.chunks import Update, chunks
 from asteria.runtime.records import ParameterRecord, TilePlan
 from asteria.runtime.weights import apply_, gather, normalize_
@@ -41,10 +42,10 @@ def apply_all(
     gate: Tensor | None = None,
 ) -> None:
     """Apply a direction of each parameter's shape, chunk by chunk."""
-    for extent in admitted(*updates).values():
+    for extent in itertools.chain.from_iterable(admitted(*updates).values()):
         for chunk in chunks(extent, updates):
             shape = (chunk.stop - chunk.start, *extent.shape.dims)
-            direction = torch.empty(shape, dtype=extent.stack.dtype)
+            direction = torch.empty(shape, dtype=extent.dtype)
             for tile in chunk.tiles:
                 part = direction[tile.start - chunk.start : tile.stop - chunk.start]
                 region = tile.plan.region(directions[tile.record])
@@ -199,7 +200,7 @@ def test_chunking_changes_no_bit(monkeypatch: pytest.MonkeyPatch, blocks: int) -
         return [one.parameter.detach().clone() for one in records]
 
     together = run()
-    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", 4 * 81 * blocks)
+    monkeypatch.setattr(extents_module, "CHUNK_BYTES", 4 * 81 * blocks)
     assert all(torch.equal(a, b) for a, b in zip(together, run(), strict=True))
 
 
@@ -274,7 +275,7 @@ def test_a_lone_gradient_that_fits_is_not_copied() -> None:
         with_gradient(whole, 1)
     assert gather(chunk_of(one), Scratch(), None).data_ptr() == one.parameter.grad.data_ptr()
     extents, updates = admitted(cut), {cut: update()}
-    below = [next(chunks(extent, updates)) for extent in extents.values()][1]
+    below = [next(chunks(extent, updates)) for (extent,) in extents.values()][1]
     found = gather(below, Scratch(), None)
     assert found.data_ptr() == cut.parameter.grad[4:].data_ptr()
     assert torch.equal(found[0], cut.parameter.grad[4:])
@@ -342,4 +343,4 @@ def test_normalizing_nothing_gives_nothing() -> None:
     direction = torch.zeros(1, 2, 3)
     normalize_(direction, chunk_of(one))
     assert not direction.any()
-    assert extent_of(one).stack.blocks == 1
+    assert extent_of(one).blocks == 1

@@ -40,7 +40,7 @@ def manual(
 def bases(optimizer: SecondOrderOptimizer) -> list[Bits]:
     """Of every parameter with bases."""
     return [
-        {key: value.clone() for key, value in entries.items() if key.startswith("basis")}
+        {key: entries[key].clone() for key in entries if key.startswith("basis")}
         for entries in optimizer.state.values()
         if "version" in entries
     ]

@@ -10,9 +10,9 @@ from asteria.algorithms.algorithm import Algorithm
 from asteria.algorithms.kl import KLSOAP, KLShampoo
 from asteria.algorithms.soap import SOAP
 from asteria.errors import ConfigError
-from asteria.optim import routing
-from asteria.optim.routing import route
+from asteria.runtime import routing
 from asteria.runtime.records import Route, TilePlan
+from asteria.runtime.routing import route
 
 DEFAULTS: dict[str, Any] = {
     "max_precond_dim": 100,

@@ -10,9 +10,9 @@ import torch
 from asteria.algorithms.algorithm import Algorithm
 from asteria.algorithms.kl import KLShampoo
 from asteria.algorithms.soap import SOAP
-from asteria.optim import routing
-from asteria.optim.routing import route
+from asteria.runtime import routing
 from asteria.runtime.records import Route
+from asteria.runtime.routing import route
 
 Case = tuple[tuple[int, ...], dict[str, Any]]
 

@@ -14,7 +14,7 @@ from asteria.algorithms.adam import AdamW
 from asteria.algorithms.algorithm import Algorithm, BlockShape
 from asteria.errors import ConfigError
 from asteria.linalg.partition import cut, merge
-from asteria.runtime.chunks import CHUNK_BYTES
+from asteria.runtime.extents import CHUNK_BYTES
 from asteria.runtime.records import Route, TilePlan
 
 __all__ = ["check_route", "route", "routing_options"]

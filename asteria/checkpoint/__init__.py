@@ -1,0 +1,1 @@
+"""State dicts: what they hold, made smaller, or taken from other optimizers. Pure functions."""

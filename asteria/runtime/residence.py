@@ -1,0 +1,258 @@
+"""Where the state lives: tiers, budgets, and what is moved when memory runs short."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from asteria.config.runtime import RuntimeConfig, parse_bytes
+from asteria.errors import StoreFullError
+from asteria.runtime.claims import items, ledger_steps, working_bytes
+from asteria.runtime.extents import Extent
+from asteria.store.buffers import Buffers, device_memory, host_memory, pinned_memory
+from asteria.store.cell import Cell, Home
+from asteria.store.courier import DeviceCourier, HostCourier
+from asteria.store.door import Door
+from asteria.store.lane import DeviceLane, Lane
+from asteria.store.nvme import NvmeTier
+from asteria.store.pressure import (
+    device_free_bytes,
+    host_free_bytes,
+    reserve_bytes,
+    shares_host_memory,
+)
+from asteria.store.residency import Budgets, place
+from asteria.store.tier import Tier
+from asteria.telemetry.counters import Traffic
+
+__all__ = ["Residence", "open_nvme"]
+
+_REWRITTEN = 4
+"""Cells that are on the disk twice, while the new one takes the place of the old one."""
+
+
+def open_nvme(path: str | os.PathLike[str], budget_bytes: int | None) -> Tier:
+    """The NVMe tier of a run in the folder ``path``."""
+    return NvmeTier(path, budget_bytes=budget_bytes)
+
+
+class Residence:
+    """The tiers of one optimizer, and a door to them for each device. For the training thread."""
+
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        *,
+        refreshes: int = 1,
+        lane: Callable[[torch.device], Lane] = DeviceLane,
+        is_host: Callable[[torch.device], bool] = shares_host_memory,
+        nvme: Callable[[str | os.PathLike[str], int | None], Tier] = open_nvme,
+    ) -> None:
+        """``refreshes`` run at a time. Raises StoreError where ``nvme_path`` cannot be used.
+
+        The other arguments are the parts that tests put in.
+        """
+        self._config = config
+        self._refreshes = refreshes
+        self._lane = lane
+        self._is_host = is_host
+        self._doors: dict[torch.device, Door] = {}
+        self._near: dict[torch.device, Buffers] = {}
+        self._host = Buffers(host_memory)
+        self._pinned = Buffers(pinned_memory)
+        self._nvme: Tier | None = None
+        self._nvme_peak_bytes = 0
+        self._working_bytes = 0
+        self.traffic = Traffic()
+        if config.nvme_path is not None:
+            self._nvme = nvme(config.nvme_path, _bytes(config.nvme_budget))
+
+    def door(self, device: torch.device) -> Door:
+        """To the memory that ``device`` computes in."""
+        door = self._doors.get(device)
+        if door is None:
+            if device.type == "cpu" and self._is_host(device):
+                near = self._host
+                door = Door(near, HostCourier(self._tier, self.traffic), self.traffic)
+            else:
+                near = Buffers(device_memory(device))
+                lane = self._lane(device)
+                courier = DeviceCourier(lane, self._pinned, self._tier, self.traffic)
+                door = Door(near, courier, self.traffic)
+            self._near[device], self._doors[device] = near, door
+        return door
+
+    def _tier(self) -> Tier:
+        if self._nvme is None:
+            raise StoreFullError(
+                "state was to be moved to NVMe and there is no such tier: give "
+                "RuntimeConfig.nvme_path"
+            )
+        return self._nvme
+
+    def house(self, extents: Sequence[Extent]) -> None:
+        """Give the cells of all extents that there are a home within the budgets; move them there.
+
+        Raises StoreFullError, and moves nothing, where the state has no room.
+        """
+        moves = [
+            (door, cell, home)
+            for device, door in self._doors.items()
+            for cell, home in self._homes(device, [e for e in extents if e.device == device])
+            if home is not cell.home
+        ]
+        # Before anything has moved, so that a disk that is too full is known at once.
+        self._reserve([cell.nbytes for _, cell, home in moves if home is Home.NVME])
+        # What makes room comes first.
+        for door, cell, home in sorted(moves, key=lambda move: move[2] < move[1].home):
+            door.move(cell, home)
+        self._tell(extents)
+
+    def check(self, extents: Sequence[Extent]) -> None:
+        """Raise StoreFullError if these, if they were all, had no room; changes nothing."""
+        for device in self._doors:
+            for _ in self._homes(device, [e for e in extents if e.device == device]):
+                pass
+
+    def _homes(
+        self, device: torch.device, extents: Sequence[Extent]
+    ) -> Iterator[tuple[Cell, Home]]:
+        self._working_bytes = working_bytes(
+            ((extent.key, extent.blocks) for extent in extents), refreshes=self._refreshes
+        )
+        budgets = self._budgets(device)
+        groups = [
+            items(extent.key, extent.blocks, extent.period, self._config) for extent in extents
+        ]
+        placement = place(groups, budgets)
+        limit = budgets.device_bytes
+        self._near[device].budget_bytes = None if limit is None else limit - budgets.working_bytes
+        self._pinned.budget_bytes = budgets.pinned_bytes
+        for extent, homes in zip(extents, placement.homes, strict=True):
+            yield from zip(extent.cells.values(), homes, strict=True)
+
+    def _budgets(self, device: torch.device) -> Budgets:
+        """What there is for the state, all of it, on ``device`` and below."""
+        config, used = self._config, self._near[device].used_bytes
+        nvme = 0 if self._nvme is None else _bytes(config.nvme_budget)
+        device_bytes, host_bytes = _bytes(config.device_budget), _bytes(config.host_budget)
+        if self._is_host(device):
+            if host_bytes is not None:
+                limit = host_bytes + (device_bytes or 0)
+            else:
+                reserve = 0 if self._nvme is None else reserve_bytes()
+                limit = max(0, used + host_free_bytes() - reserve)
+            # Temporary memory is taken from what was asked for, not from what is merely free.
+            working = self._working_bytes if self._nvme is not None else 0
+            return Budgets(limit, 0, nvme, working_bytes=working)
+        if device_bytes is None:
+            device_bytes = max(0, used + device_free_bytes(device) - reserve_bytes(device))
+        if host_bytes is None:
+            host_bytes = max(0, self._pinned.used_bytes + host_free_bytes() - reserve_bytes())
+        return Budgets(device_bytes, host_bytes, nvme)
+
+    def _reserve(self, sizes: Sequence[int]) -> None:
+        """Find room on the disk for new cells, and for what is written before the old one goes."""
+        if sizes and self._nvme is not None:
+            self._nvme.reserve(sum(sizes) + _REWRITTEN * max(sizes))
+
+    def _tell(self, extents: Sequence[Extent]) -> None:
+        """Let the extents know that homes may have changed."""
+        for extent in extents:
+            extent.moved_in()
+            extent.keep_ledger(wanted=ledger_steps(extent.key, extent.period) > 0)
+
+    def relieve(self, extents: Sequence[Extent]) -> bool:
+        """Move state one tier down where free memory is below the reserve; whether any was.
+
+        Raises StoreFullError where it cannot be moved: it is still where it was.
+        """
+        moved = False
+        for device in self._doors:
+            mine = [extent for extent in extents if extent.device == device]
+            if self._is_host(device):
+                if self._nvme is not None:
+                    short = reserve_bytes() - host_free_bytes()
+                    moved |= self._demote(device, mine, Home.DEVICE, Home.NVME, short)
+                continue
+            short = reserve_bytes(device) - device_free_bytes(device)
+            moved |= self._demote(device, mine, Home.DEVICE, Home.PINNED, short)
+            if self._nvme is not None:
+                short = reserve_bytes() - host_free_bytes()
+                moved |= self._demote(device, mine, Home.PINNED, Home.NVME, short)
+        if moved:
+            self._tell(extents)
+        return moved
+
+    def _demote(
+        self, device: torch.device, extents: Sequence[Extent], home: Home, to: Home, short: int
+    ) -> bool:
+        """Move at least ``short`` bytes, those first that cost a step the least."""
+        door, near, traffic = self._doors[device], self._near[device], self.traffic
+        if short <= 0:
+            return False
+        claims = sorted(
+            (
+                (item.moved_bytes / max(1, item.nbytes), cell)
+                for extent in extents
+                for item, cell in zip(
+                    items(extent.key, extent.blocks, extent.period, self._config),
+                    extent.cells.values(),
+                    strict=True,
+                )
+                if cell.home is home and cell.nbytes
+            ),
+            key=lambda claim: claim[0],
+        )
+        failed, moved = traffic.failed_writes, 0
+        for _, cell in claims:
+            if moved >= short:
+                break
+            door.move(cell, to)
+            moved += cell.nbytes
+        door.flush()
+        if traffic.failed_writes > failed:
+            for _, cell in claims:
+                if cell.home is to and cell.dirty:
+                    if home is Home.DEVICE:
+                        door.stay(cell)
+                    cell.home = home  # pinned memory is reached by another try
+            self._tell(extents)
+            raise StoreFullError(
+                f"free memory is {short} bytes below the reserve, and state could not be moved "
+                f"from {home.name.lower()} to {to.name.lower()}: {door.failure}. Free memory, or "
+                "lower RuntimeConfig.host_budget and raise nvme_budget; weights and state are as "
+                "they were"
+            ) from door.failure
+        traffic.demoted_bytes += moved
+        if near.budget_bytes is not None:
+            near.budget_bytes = min(near.budget_bytes, near.used_bytes)
+        return moved > 0
+
+    @property
+    def bytes_at(self) -> dict[str, int]:
+        """What is taken on each tier just now."""
+        for door in self._doors.values():
+            door.tidy()
+        near = sum(buffers.used_bytes for buffers in self._near.values())
+        nvme = 0 if self._nvme is None else self._nvme.used_bytes
+        self._nvme_peak_bytes = max(self._nvme_peak_bytes, nvme)
+        return {"device": near, "pinned": self._pinned.used_bytes, "nvme": nvme}
+
+    @property
+    def peak_bytes_at(self) -> dict[str, int]:
+        """The most that was taken; of NVMe, where it was looked at."""
+        near = sum(buffers.peak_bytes for buffers in self._near.values())
+        nvme = max(self.bytes_at["nvme"], self._nvme_peak_bytes)
+        return {"device": near, "pinned": self._pinned.peak_bytes, "nvme": nvme}
+
+    def close(self) -> None:
+        """Drop what lies on NVMe."""
+        if self._nvme is not None:
+            self._nvme.close()
+
+
+def _bytes(budget: int | str | None) -> int | None:
+    return None if budget is None else parse_bytes(budget)

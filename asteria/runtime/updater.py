@@ -1,0 +1,139 @@
+"""The mathematics of a step for one chunk: moments, weights, and what is added to the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from asteria.algorithms.adam import largest_ratio
+from asteria.algorithms.algorithm import Algorithm, BlockState, Pair, fold_
+from asteria.linalg.scratch import Scratch
+from asteria.runtime.chunks import Chunk, Update
+from asteria.runtime.ledger import Ledger
+from asteria.runtime.records import ParameterRecord
+from asteria.runtime.rows import parts_of, state_of
+from asteria.runtime.weights import apply_, gather, normalize_
+from asteria.store.layout import FieldSpec, Layout, Life
+
+__all__ = ["Updater", "moves", "moves_at_once"]
+
+
+class Updater:
+    """Updates chunks whose fields are acquired. For the training thread."""
+
+    def __init__(self, start: str) -> None:
+        """``start`` as in RuntimeConfig."""
+        self._start = start
+        self._scratch = Scratch()
+
+    def pair(self, chunk: Chunk) -> Pair:
+        """Scratch of the gradient's shape, or of that of its rows that are updated at a time."""
+        return self._pair(parts_of(chunk)[0][0])
+
+    def _pair(self, part: Chunk) -> Pair:
+        extent, shape = part.extent, (part.stop - part.start, *part.shape.dims)
+        first = self._scratch.take("first", shape, extent.dtype, extent.device)
+        return first, self._scratch.take("second", shape, extent.dtype, extent.device)
+
+    def begin_(self, chunk: Chunk, lives: Sequence[Life], gate: Tensor | None) -> None:
+        """First statistics, from the first gradient."""
+        state, gate = chunk.state(lives), _near(gate, chunk)
+        for number, (part, rows) in enumerate(parts_of(chunk)):
+            own = state_of(state, rows, chunk.shape)
+            gradient = gather(part, self._scratch, gate)
+            if number == 0:
+                chunk.extent.rule.begin_(own, gradient, chunk.hyper)
+            else:
+                self._accumulate_(part, own, gradient, None, first=False)
+
+    def project_(self, chunk: Chunk, lives: Sequence[Life]) -> None:
+        """Carry moments that were loaded without bases into the first ones."""
+        state, bound = chunk.state(lives), largest_ratio(chunk.hyper)
+        for part, rows in parts_of(chunk):
+            own = state_of(state, rows, chunk.shape)
+            chunk.extent.rule.project_moments_(own, scratch=self._pair(part), bound=bound)
+
+    def open(self, chunk: Chunk, ledger: Ledger) -> None:
+        """Make room for what the step is going to add to factors that it has not acquired."""
+        key = chunk.extent.key
+        layout = Layout([FieldSpec("x", key.shape.dims)], chunk.stop - chunk.start, key.dtype)
+        tensors = key.rule.contributed_tensors(key.shape)
+        ledger.open(layout, tensors, chunk.extent.cells[Life.SUM].home)
+
+    def update_(
+        self,
+        chunk: Chunk,
+        lives: Sequence[Life],
+        updates: Mapping[ParameterRecord, Update],
+        gate: Tensor | None,
+    ) -> Iterable[Life]:
+        """Moments, weights and factors; returns what has changed."""
+        state, parts, gate = chunk.state(lives), parts_of(chunk), _near(gate, chunk)
+        noted = chunk.extent.ledger if chunk.begun and Life.SUM not in lives else None
+        for part, rows in parts:
+            gradient, own = gather(part, self._scratch, gate), state_of(state, rows, chunk.shape)
+            direction, scale = self._direction_(part, own, gradient, gate)
+            if direction is None:
+                continue
+            if chunk.hyper.normalize_grads:
+                normalize_(direction, part)
+            apply_(direction, part, updates, scale=scale, gate=gate)
+            if chunk.begun:
+                first = part is parts[0][0]
+                self._accumulate_(part, own, gradient, gate, first=first, noted=noted)
+        if not chunk.begun:
+            return Life
+        return (Life.STEP,) if noted is not None else (Life.STEP, Life.SUM)
+
+    def _direction_(
+        self, chunk: Chunk, state: BlockState, gradient: Tensor, gate: Tensor | None
+    ) -> tuple[Tensor | None, float]:
+        """The update and a factor on the learning rate; None where there is none yet."""
+        rule, hyper, pair = chunk.extent.rule, chunk.hyper, self._pair(chunk)
+        if moves(self._start, chunk):
+            step = chunk.steps + 1
+            return rule.direction_(state, gradient, hyper, step=step, scratch=pair, gate=gate)
+        if self._start != "fresh":
+            return None, 0.0
+        # In the eigenbasis of this very gradient Adam would amplify what is rounding noise.
+        torch.abs(gradient, out=pair[0]).add_(hyper.eps)
+        return torch.div(gradient, pair[0], out=pair[1]), 1.0
+
+    def _accumulate_(
+        self,
+        chunk: Chunk,
+        state: BlockState,
+        gradient: Tensor,
+        gate: Tensor | None,
+        *,
+        first: bool,
+        noted: Ledger | None = None,
+    ) -> None:
+        """Add to the factors, which the ``first`` part decays, or note what is to be added."""
+        extent, beta = chunk.extent, chunk.hyper.shampoo_beta
+        pair = self._pair(chunk)
+        given = extent.rule.contributions(state, gradient, chunk.hyper, scratch=pair, gate=gate)
+        if noted is not None:
+            noted.note(given, (chunk.start, chunk.stop), beta=beta, gate=gate)
+            return
+        for contribution in given:
+            fold_(state, contribution, beta if first else 1.0, gate)
+
+
+def moves(start: str, chunk: Chunk) -> bool:
+    """Whether a step advances the chunk's moments."""
+    return chunk.has_moments or moves_at_once(start, chunk.extent.rule)
+
+
+def moves_at_once(start: str, rule: Algorithm) -> bool:
+    """Whether the first gradient already advances the moments."""
+    return start == "adam" or (start == "fresh" and not rule.has_bases)
+
+
+def _near(gate: Tensor | None, chunk: Chunk) -> Tensor | None:
+    extent = chunk.extent
+    if gate is None:
+        return None
+    return gate.to(device=extent.device, dtype=extent.dtype, non_blocking=True)
