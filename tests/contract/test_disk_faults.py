@@ -20,7 +20,7 @@ from asteria.runtime.residence import Residence
 from asteria.store.array_files import ArrayFiles
 from asteria.store.nvme import NvmeTier
 from asteria.store.tier import Bytes
-from tests.contract.test_tiers import CASES, EXTENT_BYTES, Case, all_of, on_the_device
+from tests.contract.test_state_on_tiers import CASES, EXTENT_BYTES, Case, all_of, on_the_device
 from tests.store.places import mounted, start_python
 from tests.support.execution import ManualExecutor
 from tests.support.tiers import limit_extents

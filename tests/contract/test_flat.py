@@ -14,7 +14,7 @@ from asteria.optim.optimizer import SecondOrderOptimizer
 from asteria.runtime.engine import Engine
 from asteria.runtime.residence import Residence
 from asteria.store.cell import Home
-from tests.contract.test_tiers import EXTENT_BYTES
+from tests.contract.test_state_on_tiers import EXTENT_BYTES
 from tests.support.links import CheckedLink
 from tests.support.memory import live_objects
 from tests.support.tiers import CheckedLane, homes, limit_extents

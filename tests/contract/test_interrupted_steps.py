@@ -7,7 +7,7 @@ import pytest
 
 from asteria import StoreError
 from asteria.optim.optimizer import SecondOrderOptimizer
-from tests.contract.test_tiers import CASES, EXTENT_BYTES, Case, all_of, on_the_device
+from tests.contract.test_state_on_tiers import CASES, EXTENT_BYTES, Case, all_of, on_the_device
 from tests.support.arms import OPTIMIZERS
 from tests.support.tiers import ARRANGEMENTS, FaultyTier, arranged, limit_extents
 from tests.support.training import assert_same_bits

@@ -10,7 +10,7 @@ from asteria import StoreFullError
 from asteria.optim.optimizer import SecondOrderOptimizer
 from asteria.store import pressure
 from asteria.store.cell import Home
-from tests.contract.test_tiers import CASES, EXTENT_BYTES, all_of, on_the_device
+from tests.contract.test_state_on_tiers import CASES, EXTENT_BYTES, all_of, on_the_device
 from tests.support.arms import over_optimizers
 from tests.support.tiers import (
     WORKING_BYTES,

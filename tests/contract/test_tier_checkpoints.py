@@ -13,7 +13,7 @@ import torch
 from asteria import RuntimeConfig, StoreFullError
 from asteria.optim.optimizer import SecondOrderOptimizer
 from asteria.store.cell import Home
-from tests.contract.test_tiers import CASES, EXTENT_BYTES, all_of, elsewhere, on_the_device
+from tests.contract.test_state_on_tiers import CASES, EXTENT_BYTES, all_of, elsewhere, on_the_device
 from tests.support.arms import over_optimizers
 from tests.support.asynchronous import flying
 from tests.support.execution import ManualExecutor, directed

@@ -12,7 +12,7 @@ from asteria.errors import StoreCorruptError, StoreError
 from asteria.runtime.ledger import Ledger
 from asteria.store.cell import Cell, Home
 from asteria.store.layout import FieldSpec, Layout
-from tests.contract.test_tiers import CASES, all_of, on_the_device
+from tests.contract.test_state_on_tiers import CASES, all_of, on_the_device
 from tests.store.doors import Place
 from tests.support.tiers import ARRANGEMENTS, CheckedLane, FaultyTier, arranged, limit_extents
 from tests.support.training import assert_same_bits, same_bits
