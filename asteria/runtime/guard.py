@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from asteria.errors import NonFiniteGradientError
+from asteria.runtime.reports import Report
 
 __all__ = ["DeviceGuard", "finite_flags", "nonfinite_error", "surely_finite"]
 
@@ -67,20 +68,17 @@ def nonfinite_error(names: Sequence[str]) -> NonFiniteGradientError:
 
 @dataclass(slots=True)
 class _Verdict:
-    flags: Tensor
-    """(parameters,) bool in host memory, valid once ``arrived`` says so."""
+    report: Report
+    """(parameters,) bool."""
     names: list[str]
-    arrived: torch.Event | None
     undo: Callable[[], None] | None = None
 
     def bad_names(self, *, wait: bool) -> list[str] | None:
         """Names with a non-finite gradient; None if the flags have not arrived."""
-        if self.arrived is not None:
-            if wait:
-                self.arrived.synchronize()
-            elif not self.arrived.query():
-                return None
-        return [n for n, ok in zip(self.names, self.flags.tolist(), strict=True) if not ok]
+        flags = self.report.read(wait=wait)
+        if flags is None:
+            return None
+        return [n for n, ok in zip(self.names, flags.tolist(), strict=True) if not ok]
 
 
 class DeviceGuard:
@@ -92,14 +90,7 @@ class DeviceGuard:
     def gate(self, gradients: Sequence[Tensor], names: list[str]) -> Tensor:
         """A float32 scalar on the gradients' device: 1 if all are finite, else 0. Never waits."""
         names, flags = finite_flags(names, gradients)
-        arrived: torch.Event | None = None
-        host = flags
-        if flags.device.type != "cpu":
-            host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
-            host.copy_(flags, non_blocking=True)
-            arrived = torch.Event(flags.device)
-            arrived.record()
-        self._verdicts.append(_Verdict(host, names, arrived))
+        self._verdicts.append(_Verdict(Report.of(flags), names))
         return flags.all().to(torch.float32)
 
     def on_refusal(self, undo: Callable[[], None]) -> None:

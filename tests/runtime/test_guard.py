@@ -170,7 +170,7 @@ def test_a_verdict_that_is_still_on_its_way_keeps_its_place() -> None:
     for name in ("a", "b"):
         guard.gate([torch.tensor([NAN])], [name])
     event = LateEvent()
-    guard._verdicts[0].arrived = event  # type: ignore[assignment]
+    guard._verdicts[0].report._arrived = event
     assert guard.collect() == []
     event.here = True
     assert guard.collect() == [["a"], ["b"]]
@@ -180,6 +180,6 @@ def test_waiting_fetches_every_verdict() -> None:
     guard = DeviceGuard()
     guard.gate([torch.tensor([NAN])], ["a"])
     event = LateEvent()
-    guard._verdicts[0].arrived = event  # type: ignore[assignment]
+    guard._verdicts[0].report._arrived = event
     assert guard.collect(wait=True) == [["a"]]
     assert event.here, "read only once it has arrived"
