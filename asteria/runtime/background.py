@@ -10,6 +10,7 @@ from torch import Tensor
 from asteria.algorithms.algorithm import BlockState, Pair
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import StoreError
+from asteria.linalg.method import Method, chosen_method
 from asteria.refresh.pipeline import Flight, Pipeline
 from asteria.refresh.pool import Executor
 from asteria.refresh.schedule import is_due
@@ -225,7 +226,7 @@ class BackgroundRefresher:
             work = refresh_job(
                 snapshots,
                 way_back(chunk.extent, link),
-                exact=self._is_exact(latest <= tile.record.born),
+                method=self._method(first=latest <= tile.record.born),
                 sort=chunk.extent.rule.sorts_columns,
             )
             if self._first_launch_s is None:
@@ -248,9 +249,8 @@ class BackgroundRefresher:
         flights = self.pipeline.flights(unit)
         return flights[-1].version if flights else self._units.latest(unit)
 
-    def _is_exact(self, first: bool) -> bool:
-        begun = self._config.start == "adam" and first
-        return begun or self._config.refresh_method == "eigh"
+    def _method(self, *, first: bool) -> Method:
+        return chosen_method(self._config.refresh_method, start=self._config.start, first=first)
 
     def forget_older(self, chunk: Chunk) -> None:
         """Drop what is in flight for the chunk's tiles, which have just been refreshed."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from asteria.linalg.method import Method
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.snapshots import Snapshots
 from asteria.runtime.transfer import Link, Result
@@ -37,7 +38,7 @@ class Refreshed:
 
 
 def refresh_job(
-    snapshots: Snapshots, link: Link, *, exact: bool, sort: bool
+    snapshots: Snapshots, link: Link, *, method: Method, sort: bool
 ) -> Callable[[], Refreshed]:
     """Work for a worker thread that refreshes every mode with a factor.
 
@@ -45,12 +46,12 @@ def refresh_job(
     """
 
     def work() -> Refreshed:
-        return _refreshed(snapshots, link, exact=exact, sort=sort)
+        return _refreshed(snapshots, link, method=method, sort=sort)
 
     return work
 
 
-def _refreshed(snapshots: Snapshots, link: Link, *, exact: bool, sort: bool) -> Refreshed:
+def _refreshed(snapshots: Snapshots, link: Link, *, method: Method, sort: bool) -> Refreshed:
     fresh: list[Result | None] = []
     failures = []
     turned = [0.0]
@@ -59,7 +60,7 @@ def _refreshed(snapshots: Snapshots, link: Link, *, exact: bool, sort: bool) -> 
             fresh.append(None)
             continue
         factor, basis = pair[0].on_host(), pair[1].on_host()
-        outcome = verified_refresh(factor, basis, exact=exact, sort=sort)
+        outcome = verified_refresh(factor, basis, method=method, sort=sort)
         del factor
         cosines = torch.linalg.vecdot(outcome.basis, basis, dim=-2)
         turned.append(1 - float(cosines.square().mean()))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from asteria.algorithms.algorithm import BlockState, Pair
 from asteria.config.runtime import RuntimeConfig
-from asteria.linalg.eigenbasis import eigh_basis, matched_eigh_basis, orthogonal_iteration
+from asteria.linalg.eigenbasis import eigh_basis
+from asteria.linalg.method import Method, refreshed
 from asteria.linalg.modes import replace_
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.chunks import Chunk
@@ -66,12 +67,12 @@ class InlineRefresher:
         scratch: Pair,
         gate: Tensor | None,
         *,
-        exact: bool,
+        method: Method,
         bound: float | None,
     ) -> None:
         """Refresh every basis of the chunk and carry the moments along.
 
-        ``bound`` as in `Algorithm.rotate_`. Waits for the device only if ``exact`` or on the host.
+        ``bound`` as in `Algorithm.rotate_`. Waits for the device only with `"eigh"` or on the host.
         """
         rule = chunk.extent.rule
         modes = range(len(chunk.extent.shape.dims))
@@ -84,7 +85,7 @@ class InlineRefresher:
                 if factor is not None and basis is not None:
                     found = Failures()
                     fresh[mode] = self._refreshed(
-                        factor, basis, found, exact=exact, sort=rule.sorts_columns
+                        factor, basis, found, method=method, sort=rule.sorts_columns
                     )
                     failures.append(found.moved(blocks.start))
             pair = (scratch[0][blocks], scratch[1][blocks])
@@ -108,19 +109,15 @@ class InlineRefresher:
         self._units.judge(unit, reasons)
 
     def _refreshed(
-        self, factor: Tensor, basis: Tensor, failures: Failures, *, exact: bool, sort: bool
+        self, factor: Tensor, basis: Tensor, failures: Failures, *, method: Method, sort: bool
     ) -> Tensor:
         """New bases (b, n, n); where none could be computed, the ones in use."""
         if factor.device.type == "cpu" or self._config.refresh_on == "host":
-            outcome = verified_refresh(factor.cpu(), basis.cpu(), exact=exact, sort=sort)
+            outcome = verified_refresh(factor.cpu(), basis.cpu(), method=method, sort=sort)
             failures.kept, failures.retried = outcome.failures.kept, outcome.failures.retried
             self._counters.retried_refreshes += failures.retried
             return outcome.basis.to(factor.device)
-        result = (
-            matched_eigh_basis(factor, basis)
-            if exact
-            else orthogonal_iteration(factor, basis, sort=sort)
-        )
+        result = refreshed(factor, basis, method=method, sort=sort)
         self._count_on_device(result.usable)
         return torch.where(result.usable[:, None, None], result.basis, basis)
 
