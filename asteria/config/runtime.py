@@ -26,8 +26,8 @@ _UNITS = {
 # Every value that a field may take once everything is built, and those that are built today.
 _CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "refresh": (("async", "sync"), ("async", "sync")),
-    "refresh_method": (("eigh", "qr", "ldlr", "auto"), ("eigh", "qr", "auto")),
-    "refresh_on": (("host", "device", "auto"), ("host", "device", "auto")),
+    "refresh_method": (("eigh", "qr", "ldlr", "auto"),) * 2,
+    "refresh_on": (("host", "device", "auto"),) * 2,
     "install": (("scheduled", "ready"), ("scheduled", "ready")),
     "start": (get_args(Start), get_args(Start)),
     "state_dtype": ((torch.float32, torch.bfloat16), (torch.float32,)),
@@ -73,7 +73,10 @@ class RuntimeConfig:
     refresh: Literal["async", "sync"] = "async"
     """`"async"`: by host threads, beside the training. `"sync"`: inside the step."""
     refresh_method: Literal["eigh", "qr", "ldlr", "auto"] = "auto"
-    """`"qr"`: one warm-started orthogonal iteration; `"eigh"`: exact, in float64; `"auto"`: qr."""
+    """`"qr"`: one warm-started orthogonal iteration; `"ldlr"`: the same step from products, two
+    Cholesky factorizations and a triangular solve, which accelerators are faster at (and hosts
+    slower); `"eigh"`: exact, in float64; `"auto"`: qr.
+    """
     refresh_on: Literal["host", "device", "auto"] = "auto"
     """Where refreshes are computed.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from asteria.linalg.eigenbasis import BasisResult, orthogonal_iteration
+from asteria.linalg.method import Method, refreshed
 from asteria.refresh.job import Job
 from asteria.refresh.pipeline import Flight
 from asteria.runtime import extents
@@ -41,18 +41,26 @@ class DeviceRefresher:
         self._sides: dict[torch.device, Side] = {}
 
     def launch(
-        self, chunk: Chunk, tiles: Sequence[Tile], *, version: int, lands: int, copy_bases: bool
+        self,
+        chunk: Chunk,
+        tiles: Sequence[Tile],
+        *,
+        method: Method,
+        version: int,
+        lands: int,
+        copy_bases: bool,
     ) -> list[tuple[Unit, Flight[Refreshed]]]:
         """Begin to refresh these tiles of a chunk, whose fields are acquired; never waits.
 
-        ``copy_bases`` where those in use may be replaced before the work is done. Raises what torch
-        raises where the device has no memory left; nothing has begun then.
+        ``method`` is not `"eigh"`, which waits; ``copy_bases`` where those in use may be replaced
+        before the work is done. Raises what torch raises where the device has no memory left;
+        nothing has begun then.
         """
         side = self._side(chunk.extent.device)
         pairs = _snapshots(chunk, tiles, copy_bases=copy_bases)
         sort = chunk.extent.rule.sorts_columns
         reads = [tensor for pair in pairs for tensor in pair]
-        results, passed = side.run(lambda: _refreshed(pairs, sort=sort), reads)
+        results, passed = side.run(lambda: _refreshed(pairs, method=method, sort=sort), reads)
         modes = len(pairs)
         bases, usable, told = results[:modes], results[modes], results[modes + 1]
         stops = list(itertools.accumulate(tile.plan.blocks for tile in tiles))
@@ -101,14 +109,14 @@ def _snapshots(chunk: Chunk, tiles: Sequence[Tile], *, copy_bases: bool) -> Pair
     ]
 
 
-def _refreshed(pairs: Pairs, *, sort: bool) -> list[Tensor]:
+def _refreshed(pairs: Pairs, *, method: Method, sort: bool) -> list[Tensor]:
     """Bases of every mode, then flags (b, modes) on the device, then the same for the host."""
     fresh = [torch.empty_like(basis.mT).mT for _, basis in pairs]
     flags = []
     for (factor, basis), target in zip(pairs, fresh, strict=True):
         usable = []
         for part in _parts(factor):
-            result: BasisResult = orthogonal_iteration(factor[part], basis[part], sort=sort)
+            result = refreshed(factor[part], basis[part], method=method, sort=sort)
             usable.append(result.usable)
             kept = torch.where(result.usable[:, None, None], result.basis, basis[part])
             target[part].copy_(kept)

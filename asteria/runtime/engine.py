@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from asteria.config.runtime import RuntimeConfig
+from asteria.linalg.precision import without_autocast
 from asteria.refresh.pool import Executor, WorkerPool
 from asteria.refresh.threads import free_cores
 from asteria.runtime.admission import Extents, admit, check_room, discard
@@ -202,7 +203,8 @@ class Engine:
                     undo_part()
 
             self._guard.on_refusal(undo)
-        self._take(updates, gate, moved)
+        with without_autocast(record.device for record in updates):
+            self._take(updates, gate, moved)
         end = self._clock()
         counters.update_s += end - begin - (counters.install_s + counters.refresh_s - before_s)
         if self._trace is not None:

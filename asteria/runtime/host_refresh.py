@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asteria.linalg.method import Method
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.chunks import Chunk
 from asteria.runtime.pending import Pending
@@ -48,7 +49,7 @@ class Refreshed:
 
 
 def host_work(
-    chunk: Chunk, tile: Tile, link: Link, *, copy_bases: bool, exact: bool
+    chunk: Chunk, tile: Tile, link: Link, *, copy_bases: bool, method: Method
 ) -> Callable[[], Refreshed]:
     """Work for a worker thread that refreshes every mode of a tile that has a factor.
 
@@ -58,10 +59,10 @@ def host_work(
     extent = chunk.extent
     snapshots = take_snapshots(extent, tile, link, copy_bases=copy_bases)
     home, sort = way_back(extent, link), extent.rule.sorts_columns
-    return lambda: _refreshed(snapshots, home, exact=exact, sort=sort)
+    return lambda: _refreshed(snapshots, home, method=method, sort=sort)
 
 
-def _refreshed(snapshots: Snapshots, link: Link, *, exact: bool, sort: bool) -> Refreshed:
+def _refreshed(snapshots: Snapshots, link: Link, *, method: Method, sort: bool) -> Refreshed:
     fresh: list[Result | None] = []
     failures = []
     turned = [0.0]
@@ -70,7 +71,7 @@ def _refreshed(snapshots: Snapshots, link: Link, *, exact: bool, sort: bool) -> 
             fresh.append(None)
             continue
         factor, basis = pair[0].on_host(), pair[1].on_host()
-        outcome = verified_refresh(factor, basis, exact=exact, sort=sort)
+        outcome = verified_refresh(factor, basis, method=method, sort=sort)
         del factor
         cosines = torch.linalg.vecdot(outcome.basis, basis, dim=-2)
         turned.append(1 - float(cosines.square().mean()))

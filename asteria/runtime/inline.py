@@ -10,7 +10,8 @@ from torch import Tensor
 
 from asteria.algorithms.algorithm import BlockState, Pair
 from asteria.config.runtime import RuntimeConfig
-from asteria.linalg.eigenbasis import eigh_basis, matched_eigh_basis, orthogonal_iteration
+from asteria.linalg.eigenbasis import eigh_basis
+from asteria.linalg.method import Method, refreshed
 from asteria.linalg.modes import replace_
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.chunks import Chunk
@@ -64,12 +65,12 @@ class InlineRefresher:
         scratch: Pair,
         gate: Tensor | None,
         *,
-        exact: bool,
+        method: Method,
         bound: float | None,
     ) -> None:
         """Refresh every basis of the chunk and carry the moments along.
 
-        ``bound`` as in `Algorithm.rotate_`. Waits for the device only if ``exact`` or on the host.
+        ``bound`` as in `Algorithm.rotate_`. Waits for the device only with `"eigh"` or on the host.
         """
         rule = chunk.extent.rule
         modes = range(len(chunk.extent.shape.dims))
@@ -81,7 +82,7 @@ class InlineRefresher:
                 factor, basis = part.get(f"factor_{mode}"), part.get(f"basis_{mode}")
                 if factor is not None and basis is not None:
                     sort = rule.sorts_columns
-                    fresh[mode] = self._refreshed(factor, basis, found, exact=exact, sort=sort)
+                    fresh[mode] = self._refreshed(factor, basis, found, method=method, sort=sort)
             found.blocks += blocks.stop - blocks.start
             pair = (scratch[0][blocks], scratch[1][blocks])
             rotate_(rule, part, fresh, scratch=pair, gate=gate, bound=bound)
@@ -111,19 +112,15 @@ class InlineRefresher:
             self._verdicts.expect(unit, mine, before=before, version=step)
 
     def _refreshed(
-        self, factor: Tensor, basis: Tensor, found: _Found, *, exact: bool, sort: bool
+        self, factor: Tensor, basis: Tensor, found: _Found, *, method: Method, sort: bool
     ) -> Tensor:
         """New bases (b, n, n); where none could be computed, the ones in use."""
         if self._is_on_host(factor):
-            outcome = verified_refresh(factor.cpu(), basis.cpu(), exact=exact, sort=sort)
+            outcome = verified_refresh(factor.cpu(), basis.cpu(), method=method, sort=sort)
             found.failures.append(outcome.failures.moved(found.blocks))
             self._counters.retried_refreshes += outcome.failures.retried
             return outcome.basis.to(factor.device)
-        result = (
-            matched_eigh_basis(factor, basis)
-            if exact
-            else orthogonal_iteration(factor, basis, sort=sort)
-        )
+        result = refreshed(factor, basis, method=method, sort=sort)
         found.usable.append(result.usable)
         return torch.where(result.usable[:, None, None], result.basis, basis)
 

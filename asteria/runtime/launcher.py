@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from asteria.config.runtime import RuntimeConfig
+from asteria.linalg.method import Method, chosen_method
 from asteria.refresh.pipeline import Flight, Pipeline
 from asteria.refresh.schedule import is_due
 from asteria.runtime.chunks import Chunk
@@ -95,15 +96,20 @@ class Launcher:
         return chunk.steps + 1 + (0 if prompt else self._config.staleness)
 
     def _is_aside(self, tile: Tile) -> bool:
-        """Whether the tile is refreshed on its device; exact ones would make the host wait."""
-        return self._config.refresh_on == "device" and not self._is_exact(tile)
+        """Whether the tile is refreshed on its device; eigensolvers would make the host wait."""
+        return self._config.refresh_on == "device" and self._method(tile) != "eigh"
 
     def _launch_aside(self, chunk: Chunk, tiles: list[Tile], *, lands: int) -> None:
-        step = chunk.steps + 1
+        step, method = chunk.steps + 1, self._method(tiles[0])
         copied = [tile for tile in tiles if self._may_be_replaced(tile, chunk)]
         try:
             flights = self._devices.launch(
-                chunk, tiles, version=step, lands=lands, copy_bases=bool(copied)
+                chunk,
+                tiles,
+                method=method,
+                version=step,
+                lands=lands,
+                copy_bases=bool(copied),
             )
         except torch.OutOfMemoryError:
             for unit in map(unit_of, tiles):
@@ -121,7 +127,7 @@ class Launcher:
             tile,
             self._stager.link(chunk.extent.device),
             copy_bases=self._may_be_replaced(tile, chunk),
-            exact=self._is_exact(tile),
+            method=self._method(tile),
         )
         if self._first_launch_s is None:
             self._first_launch_s = self._clock()
@@ -147,6 +153,6 @@ class Launcher:
         flights = self._pipeline.flights(unit)
         return flights[-1].version if flights else self._units.latest(unit)
 
-    def _is_exact(self, tile: Tile) -> bool:
-        first = self._latest(unit_of(tile)) <= tile.record.born
-        return self._config.refresh_method == "eigh" or (self._config.start == "adam" and first)
+    def _method(self, tile: Tile) -> Method:
+        config, first = self._config, self._latest(unit_of(tile)) <= tile.record.born
+        return chosen_method(config.refresh_method, start=config.start, first=first)

@@ -10,6 +10,7 @@ from asteria.algorithms.adam import largest_ratio
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import StoreError
+from asteria.linalg.method import chosen_method
 from asteria.refresh.schedule import is_due, is_young_step, young_steps
 from asteria.runtime.background import BackgroundRefresher
 from asteria.runtime.chunks import Chunk, Update
@@ -213,13 +214,14 @@ class Stepper:
     def _refresh_now_(self, chunk: Chunk, gate: Tensor | None) -> None:
         start = self._clock()
         first = all(t.record.versions[t.plan.ordinal] <= t.record.born for t in chunk.tiles)
-        exact = self._config.refresh_method == "eigh" or (self._config.start == "adam" and first)
+        config = self._config
+        method = chosen_method(config.refresh_method, start=config.start, first=first)
         if gate is not None:
             extent = chunk.extent
             gate = gate.to(device=extent.device, dtype=extent.dtype, non_blocking=True)
         bound = _bound(self._config.start, chunk.hyper)
         pair = self._updater.pair(chunk)
-        self._inline.refresh_(chunk, chunk.state(), pair, gate, exact=exact, bound=bound)
+        self._inline.refresh_(chunk, chunk.state(), pair, gate, method=method, bound=bound)
         end = self._clock()
         self._counters.refresh_s += end - start
         self._round_s += end - start

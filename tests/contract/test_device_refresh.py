@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from asteria import ConfigError, RuntimeConfig
-from asteria.linalg.eigenbasis import BasisResult, orthogonal_iteration
+from asteria.linalg.eigenbasis import BasisResult
+from asteria.linalg.method import refreshed
 from asteria.optim.optimizer import SecondOrderOptimizer
 from asteria.runtime import device_refresh, extents
 from asteria.runtime.engine import Engine
@@ -23,6 +24,7 @@ from tests.support.training import (
     Shape,
     assert_same_bits,
     everything,
+    same_bits,
     train,
 )
 
@@ -50,6 +52,17 @@ def test_results_are_those_of_workers_bit_by_bit(
     assert actual.failures == {}
     assert actual.device_s > 0
     assert actual.worker_s == 0
+
+
+@over_optimizers
+def test_methods_are_those_of_the_host(name: str) -> None:
+    device = on_device(name, DeferredSide(), ALIKE, refresh_method="ldlr")
+    host = on_host(name, ALIKE, refresh_method="ldlr")
+    other = on_host(name, ALIKE, refresh_method="qr")
+    for each in (device, host, other):
+        train(each, range(24))
+    assert_same_bits(everything(device), everything(host))
+    assert not same_bits(everything(host)["0"], everything(other)["0"])
 
 
 @pytest.mark.parametrize("start", ["eigh", "adam"])
@@ -101,12 +114,12 @@ def test_temporary_memory_stays_within_a_chunk(monkeypatch: pytest.MonkeyPatch) 
         stacks: list[int] = []
 
         def counted(
-            factor: Tensor, basis: Tensor, *, sort: bool, stacks: list[int] = stacks
+            factor: Tensor, basis: Tensor, *, stacks: list[int] = stacks, **how: Any
         ) -> BasisResult:
             stacks.append(len(factor))
-            return orthogonal_iteration(factor, basis, sort=sort)
+            return refreshed(factor, basis, **how)
 
-        monkeypatch.setattr(device_refresh, "orthogonal_iteration", counted)
+        monkeypatch.setattr(device_refresh, "refreshed", counted)
         optimizer = on_device("SOAP", DeferredSide(), [(4, 4)] * 6, 1, start="eigh")
         finals.append(optimizer)
         train(optimizer, range(8))

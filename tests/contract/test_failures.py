@@ -13,6 +13,7 @@ from torch import Tensor
 from asteria import RefreshError, RuntimeConfig
 from asteria.linalg import verified
 from asteria.linalg.eigenbasis import BasisResult
+from asteria.linalg.method import Method
 from asteria.optim.optimizer import SecondOrderOptimizer
 from asteria.runtime import launcher
 from tests.support.arms import PERIOD, over_optimizers
@@ -41,10 +42,10 @@ class Solver:
         self.in_float64_too = True
         self.dtypes: list[torch.dtype] = []
 
-    def __call__(self, factor: Tensor, basis: Tensor, *, exact: bool, sort: bool) -> BasisResult:
+    def __call__(self, factor: Tensor, basis: Tensor, *, method: Method, sort: bool) -> BasisResult:
         """See `asteria.linalg.verified._attempt`."""
         self.dtypes.append(factor.dtype)
-        result = _attempt(factor, basis, exact=exact, sort=sort)
+        result = _attempt(factor, basis, method=method, sort=sort)
         fails = factor.dtype != torch.float64 or self.in_float64_too
         return self.failure(result, factor) if self.failure and fails else result
 
@@ -128,8 +129,7 @@ def test_a_solver_that_raises_is_a_failure_and_no_crash(
         raise torch.linalg.LinAlgError("no convergence")
 
     optimizer.state_dict()
-    monkeypatch.setattr(verified, "orthogonal_iteration", solve)
-    monkeypatch.setattr(verified, "matched_eigh_basis", solve)
+    monkeypatch.setattr(verified, "refreshed", solve)
     before = bases(optimizer)
     rounds(optimizer, 3, GROWN + 3)
     assert optimizer.stats().failures.keys() == {"no basis"}

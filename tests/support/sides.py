@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from asteria import RuntimeConfig
-from asteria.linalg.eigenbasis import BasisResult, orthogonal_iteration
+from asteria.linalg.eigenbasis import BasisResult
+from asteria.linalg.method import refreshed
 from asteria.optim.optimizer import SecondOrderOptimizer
 from asteria.runtime import device_refresh
 from asteria.runtime.device_refresh import DeviceRefresher
@@ -145,10 +146,10 @@ class Spoiler:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, where: Any = device_refresh) -> None:
         self.spoils: Callable[[Tensor], Tensor] | None = None
         """(b, n, n) factors -> (b,) bool."""
-        monkeypatch.setattr(where, "orthogonal_iteration", self)
+        monkeypatch.setattr(where, "refreshed", self)
 
-    def __call__(self, factor: Tensor, basis: Tensor, *, sort: bool) -> BasisResult:
-        fresh, usable = orthogonal_iteration(factor, basis, sort=sort)
+    def __call__(self, factor: Tensor, basis: Tensor, **how: Any) -> BasisResult:
+        fresh, usable = refreshed(factor, basis, **how)
         if self.spoils is None:
             return BasisResult(fresh, usable)
         bad = self.spoils(factor)
