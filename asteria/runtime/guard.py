@@ -18,7 +18,7 @@ from torch import Tensor
 from asteria.errors import NonFiniteGradientError
 from asteria.runtime.reports import Report
 
-__all__ = ["DeviceGuard", "finite_flags", "nonfinite_error", "surely_finite"]
+__all__ = ["DeviceGuard", "finite_flags", "gate_on", "nonfinite_error", "surely_finite"]
 
 
 def surely_finite(gradients: list[Tensor]) -> bool:
@@ -35,13 +35,14 @@ def finite_flags(names: Sequence[str], gradients: Sequence[Tensor]) -> tuple[lis
     It can if the sum of its squares is finite in the dtype of the state: an inf or nan, or an
     element whose square overflows, would stay in the second moment and the factors for good.
     The names come in the order of the flags; empty gradients are left out. The flags are on the
-    first gradient's device; nothing waits for it.
+    device of the first gradient that is on one, not on the host, which would have to wait for it.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, gradient in enumerate(gradients):
         if gradient.numel():
             groups.setdefault((gradient.device, gradient.dtype), []).append(index)
-    device = gradients[0].device
+    devices = [gradient.device for gradient in gradients]
+    device = next((device for device in devices if device.type != "cpu"), devices[0])
     order = [names[index] for members in groups.values() for index in members]
     flags = [
         _are_finite([gradients[index] for index in members]).to(device, non_blocking=True)
@@ -54,6 +55,13 @@ def _are_finite(gradients: list[Tensor]) -> Tensor:
     """(len,) bool for gradients of one device and dtype."""
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     return torch.stack(list(torch._foreach_norm(gradients, 2, dtype=dtype))).isfinite()
+
+
+def gate_on(gate: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """The gate where it is needed. Only a host waits for it, for it looks at what is there."""
+    if gate is None:
+        return None
+    return gate.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
 
 
 def nonfinite_error(names: Sequence[str]) -> NonFiniteGradientError:

@@ -16,6 +16,7 @@ from asteria.runtime.background import BackgroundRefresher
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.claims import ledger_steps
 from asteria.runtime.governor import Governor
+from asteria.runtime.guard import gate_on
 from asteria.runtime.inline import InlineRefresher
 from asteria.runtime.records import ParameterRecord, Tile
 from asteria.runtime.units import Unit, Units, unit_of
@@ -216,9 +217,7 @@ class Stepper:
         first = all(t.record.versions[t.plan.ordinal] <= t.record.born for t in chunk.tiles)
         config = self._config
         method = chosen_method(config.refresh_method, start=config.start, first=first)
-        if gate is not None:
-            extent = chunk.extent
-            gate = gate.to(device=extent.device, dtype=extent.dtype, non_blocking=True)
+        gate = gate_on(gate, chunk.extent.device, chunk.extent.dtype)
         bound = _bound(self._config.start, chunk.hyper)
         pair = self._updater.pair(chunk)
         self._inline.refresh_(chunk, chunk.state(), pair, gate, method=method, bound=bound)
