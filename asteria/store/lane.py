@@ -40,6 +40,12 @@ class Lane(Protocol):
     def download(self, source: Tensor, host: Tensor) -> Marker:
         """Copy to the host what the device has computed so far; neither may change until done."""
 
+    def give_way(self, leaving: Marker) -> None:
+        """Let what the device computes and uploads next come after a download.
+
+        So it may change the download's source, and upload what it has brought.
+        """
+
 
 class DeviceLane:
     """One stream in each direction, so that reads and writes share the link's two directions."""
@@ -66,6 +72,11 @@ class DeviceLane:
         with current_stream(self._down):
             host.copy_(source, non_blocking=True)
         return self._down.record_event()
+
+    def give_way(self, leaving: Marker) -> None:
+        """See `Lane`."""
+        leaving.wait(self._up)
+        leaving.wait(torch.accelerator.current_stream(self._device))
 
 
 def stream_of(device: torch.device) -> torch.Stream | None:
