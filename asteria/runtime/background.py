@@ -17,6 +17,7 @@ from asteria.refresh.schedule import is_due
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.governor import Governor
 from asteria.runtime.host_refresh import Refreshed, refresh_job
+from asteria.runtime.narrow import widened
 from asteria.runtime.records import ParameterRecord, Tile
 from asteria.runtime.rows import rotate_
 from asteria.runtime.shadows import show_flights, take_up
@@ -144,7 +145,7 @@ class BackgroundRefresher:
             unit = unit_of(tile)
             landings = self._landings.pop(unit, ())
             blocks = slice(tile.start - chunk.start, tile.stop - chunk.start)
-            part = {name: tensor[blocks] for name, tensor in state.items()} if landings else {}
+            stored = {name: tensor[blocks] for name, tensor in state.items()} if landings else {}
             for landing in landings:
                 if len(landing.outcome.kept) < landing.outcome.count:
                     try:
@@ -154,10 +155,12 @@ class BackgroundRefresher:
                         continue
                     pair = (scratch[0][blocks], scratch[1][blocks])
                     rule = chunk.extent.rule
+                    part = widened(stored, chunk.extent.dtype)
+                    fresh = [None if b is None else b.to(chunk.extent.dtype) for b in fresh]
                     rotate_(rule, part, fresh, scratch=pair, gate=None, bound=bound)
                     for mode, basis in enumerate(fresh):
                         if basis is not None:
-                            part[f"basis_{mode}"].copy_(basis)
+                            stored[f"basis_{mode}"].copy_(basis)
                 self._landed(unit, landing)
 
     def _lose(self, unit: Unit, flight: Flight[Refreshed]) -> None:

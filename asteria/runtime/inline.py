@@ -15,6 +15,7 @@ from asteria.linalg.modes import replace_
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.chunks import Chunk
 from asteria.runtime.extents import CHUNK_BYTES
+from asteria.runtime.narrow import as_stored, widened
 from asteria.runtime.records import Tile
 from asteria.runtime.rows import rotate_
 from asteria.runtime.units import Units, unit_of
@@ -78,7 +79,8 @@ class InlineRefresher:
         modes = range(len(chunk.extent.shape.dims))
         failures: list[Failures] = []
         for blocks in _parts(state):
-            part = {name: tensor[blocks] for name, tensor in state.items()}
+            stored = {name: tensor[blocks] for name, tensor in state.items()}
+            part = widened(stored, chunk.extent.dtype)
             fresh: list[Tensor | None] = [None for _ in modes]
             for mode in modes:
                 factor, basis = part.get(f"factor_{mode}"), part.get(f"basis_{mode}")
@@ -89,10 +91,11 @@ class InlineRefresher:
                     )
                     failures.append(found.moved(blocks.start))
             pair = (scratch[0][blocks], scratch[1][blocks])
+            fresh = as_stored(fresh, stored)
             rotate_(rule, part, fresh, scratch=pair, gate=gate, bound=bound)
             for mode, basis in enumerate(fresh):
                 if basis is not None:
-                    replace_(part[f"basis_{mode}"], basis, gate)
+                    replace_(stored[f"basis_{mode}"], basis, gate)
         for tile in chunk.tiles:
             self._settle(chunk, tile, _reasons(chunk, tile, failures))
 

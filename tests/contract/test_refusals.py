@@ -213,7 +213,6 @@ UNKNOWN_RUNTIME: dict[str, list[Any]] = {
 }
 NOT_BUILT_YET: dict[str, Any] = {
     "refresh_on": "device",
-    "state_dtype": torch.bfloat16,
     "shards": "local",
     "node_size": 8,
 }
