@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from asteria.linalg import precision
 from asteria.linalg.eigenbasis import BasisResult, is_orthogonal, orthogonal_iteration
 from asteria.linalg.ldlr import ldlr
+from asteria.linalg.rotated import turned
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 Around = Callable[[], contextlib.AbstractContextManager[object]]
@@ -94,16 +95,20 @@ class Tracker:
             return
         with self.around():
             found = self.refresh(factor, self.basis)
-        if not bool(found.usable.all()):
+        self.take(found.basis, bool(found.usable.all()))
+
+    def take(self, basis: Tensor, usable: bool) -> None:
+        """Use a new basis, if it is any good."""
+        if not usable:
             self.failures += 1
             return
-        self.basis = found.basis.to(self.stored).float()
+        self.basis = basis.to(self.stored).float()
         gram = self.basis.double().mT @ self.basis.double()
         worst = (gram - torch.eye(gram.shape[-1], dtype=torch.float64)).abs().max()
         self.orthogonality = max(self.orthogonality, float(worst))
 
     def measure(self, factor: Tensor, log_spectrum: float, floor: float) -> None:
-        """Note how far the basis is from one of ``factor`` (float64, 1, n, n).
+        """Note how far the basis is from one of ``factor`` (float64, 1, n, n), after the refresh.
 
         ``log_spectrum`` is the sum of the logarithms of its eigenvalues, ``floor`` what was added.
         """
@@ -113,6 +118,37 @@ class Tracker:
         diagonal = rotated.diagonal()
         self.off.append(float((rotated - diagonal.diag()).norm() / factor.norm()))
         self.kl.append(float(((diagonal + floor).log().sum() - log_spectrum) / size))
+
+
+@dataclass(slots=True)
+class RotatedTracker(Tracker):
+    """The factor is kept in its eigenbasis."""
+
+    beta: float = 0.95
+    iterations: int = 1
+    rotated: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def begin(self, factor: Tensor, basis: Tensor) -> None:
+        """See `Tracker`."""
+        self.basis, self.rotated = basis, basis.mT @ factor @ basis
+
+    def advance(self, step: int, factor: Tensor, gradient: Tensor) -> None:
+        """See `Tracker`."""
+        with self.around():
+            x = torch.bmm(self.basis.mT, gradient.unsqueeze(0))
+            beta = self.beta
+            self.rotated = torch.baddbmm(self.rotated, x, x.mT, beta=beta, alpha=1 - beta)
+            found = turned(self.rotated, self.basis, sort=True, iterations=self.iterations)
+        usable = bool(found.usable.all())
+        self.take(found.basis, usable)
+        self.rotated = found.rotated if usable else self.rotated
+
+    def drift(self, factor: Tensor) -> float:
+        """Largest error of the kept factor, relative to the roots of its diagonal."""
+        basis = self.basis.double()
+        true = basis.mT @ factor.double() @ basis
+        unit = true.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
+        return float(((self.rotated - true) * unit.unsqueeze(-1) * unit.unsqueeze(-2)).abs().max())
 
 
 def make_trackers() -> list[Tracker]:
@@ -138,6 +174,11 @@ def make_trackers() -> list[Tracker]:
         Tracker("qr, all in TF32", qr, around=partial(Rounding, "tf32")),
         Tracker("ldlr, k = 1, all in TF32", one, around=partial(Rounding, "tf32")),
         Tracker("ldlr, k = 1, all in bf16", one, around=partial(Rounding, "bf16")),
+        RotatedTracker("rotated", one),
+        RotatedTracker("rotated, k = 2", two, iterations=2),
+        RotatedTracker("rotated, TF32 allowed", one, around=partial(permitted, "tf32")),
+        RotatedTracker("rotated, bf16 allowed", one, around=partial(permitted, "bf16")),
+        RotatedTracker("rotated, all in TF32", one, around=partial(Rounding, "tf32")),
         Tracker("qr, basis stored in bf16", qr, stored=torch.bfloat16),
         Tracker("ldlr, k = 1, basis stored in bf16", one, stored=torch.bfloat16),
     ]
