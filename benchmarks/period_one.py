@@ -4,7 +4,7 @@
 
 All arms are synchronous and differ from the first one, QR in the step, in what their names say. How
 far the loss of a start that differs by 1e-6 goes is the noise. Model and data are those of
-``examples/train_gpt.py`` with two layers; the rate is constant after the warm-up, because one that
+``examples/train_gpt.py``, two layers of width 64; the rate is constant after the warm-up, because one that
 falls to zero hides differences between bases. Every finished run is stored under ``--out``.
 """
 
@@ -26,7 +26,7 @@ from benchmarks.staleness import mean_and_error
 
 BASELINE, NOISE = "qr", "perturbed"
 LR = 4e-3  # after the warm-up
-LAYERS = 2
+MODEL = {"context": 64, "width": 64, "layers": 2, "heads": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +150,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizer", choices=("soap", "klshampoo", "klsoap"), default="soap")
     add("--lr", type=float, default=LR, help="after the warm-up (default 4e-3)")
     add("--steps", type=int, default=300, help="a fifth of them warm-up (default 300)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default 0 1 2)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="(default 0 to 3)")
     add("--arms", nargs="+", choices=ARMS, metavar="ARM", help="beside the first two (all)")
     add("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     add("--out", type=Path, default=Path("runs/period_one"), help="finished runs")
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     torch.set_num_threads(1)
     task, corpus = set_up(quick=args.quick, threads=1)
-    task = task if args.quick else replace(task, layers=LAYERS)
+    task = task if args.quick else replace(task, **MODEL)
     study = Study(optimizer=args.optimizer, lr=args.lr, steps=args.steps, seeds=tuple(args.seeds))
     arms = {
         name: arm for name, arm in ARMS.items() if name in (BASELINE, NOISE, *(args.arms or ARMS))
