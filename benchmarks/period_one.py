@@ -4,8 +4,9 @@
 
 All arms are synchronous and differ from the first one, QR in the step, in what their names say. How
 far the loss of a start that differs by 1e-6 goes is the noise. Model and data are those of
-``examples/train_gpt.py``, two layers of width 64; the rate is constant after the warm-up, because one that
-falls to zero hides differences between bases. Every finished run is stored under ``--out``.
+``examples/train_gpt.py``, two layers of width 64; the rate is constant after the warm-up, because
+one that falls to zero hides differences between bases. Every finished run is stored under
+``--out``.
 """
 
 import argparse
