@@ -75,6 +75,7 @@ class DeviceRefresher:
                 usable=[next(flags) if has_basis else None for has_basis in factored],
                 told=told[blocks],
                 share=tile.plan.blocks / stops[-1],
+                method=method,
             )
             fresh = [next(mine) if has_basis else None for has_basis in factored]
             outcome = Refreshed(list(fresh), [], 0.0, pending)
