@@ -68,7 +68,7 @@ class Engine:
         self._governor = Governor(config, self._units, jobs=jobs)
         self._residence = residence or Residence(config, refreshes=jobs)
         # With the last reference, not when the garbage collector finds the time: it holds a disk.
-        weakref.finalize(self, self._residence.close).atexit = False
+        weakref.finalize(self, self._residence.abandon).atexit = False
         self._foresight = Foresight()
         self._stepper = Stepper(
             config,
