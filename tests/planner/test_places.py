@@ -59,6 +59,9 @@ def test_what_has_no_room_goes_to_disk_and_is_moved_every_step() -> None:
     assert at["device"] + plan.memory.in_flight_bytes <= room
     by_class = plan.memory.bytes_at_by_class
     assert by_class is not None
+    share = (2 + 1) / 10
+    assert plan.memory.waiting_bytes == pytest.approx(share * by_class["nvme"]["bases"], abs=2)
+    assert "refreshes that wait on NVMe" in str(plan)
     refreshed = (by_class["nvme"]["bases"] + by_class["nvme"]["factors"]) / 10
     assert moved.disk_read_bytes == pytest.approx(at["nvme"] + refreshed, abs=2)
     assert moved.moved_bytes == pytest.approx(at["nvme"] + moved.disk_write_bytes, abs=2)
