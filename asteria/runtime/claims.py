@@ -99,12 +99,19 @@ def _contributed_bytes(key: ExtentKey) -> int:
 def working_bytes(extents: Iterable[tuple[ExtentKey, int]], *, refreshes: int) -> int:
     """Temporary memory of a step, and of so many refreshes at a time beside it.
 
-    ``extents`` are (key, blocks).
+    ``extents`` are (key, blocks). A refresh whose factors are on NVMe reads the cells they are in.
     """
     known: Sequence[tuple[ExtentKey, int]] = list(extents)
+    read = max((_refreshed_bytes(*extent) for extent in set(known)), default=0)
     step = max((n * _chunk_bytes(k) for k, n in known), default=0)
     factor = max(
         (k.dtype.itemsize * size**2 for k, _ in known for size in k.shape.factor_sizes()),
         default=0,
     )
-    return 3 * step + _REFRESH_COPIES * factor * max(1, refreshes) + _OVERHEAD_BYTES
+    return 3 * step + (_REFRESH_COPIES * factor + read) * max(1, refreshes) + _OVERHEAD_BYTES
+
+
+def _refreshed_bytes(key: ExtentKey, blocks: int) -> int:
+    """Of the factors and bases of an extent."""
+    held = layouts(key.rule, key.shape, blocks, key.dtype)
+    return sum(layout.nbytes for life, layout in held.items() if life is not Life.STEP)
