@@ -205,7 +205,7 @@ class Arrangement(NamedTuple):
 
 FEW_BYTES = 7 * 1024
 """Room for what flows through a step, and for some cells of the small models of tests."""
-WORKING_BYTES = 64 * 1024**2 + 5 * 1024
+WORKING_BYTES = 64 * 1024**2 + 6 * 1024
 """Of host memory, beside the state of such a model."""
 
 ARRANGEMENTS = {
