@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench coverage clean
+.PHONY: demo test lint bench accelerator coverage clean
 
 demo: $(VENV)/.demo  ## the main job: train a small GPT with AdamW, SOAP and KL-Shampoo
 	$(BIN)/python -m examples.train_gpt --optimizers adamw soap klshampoo
@@ -20,6 +20,9 @@ lint: $(VENV)/.lint  ## format, lint, types, floors
 
 bench: $(VENV)/.bench  ## step time of our optimizers and their peers
 	$(BIN)/python -m benchmarks.step_time --json runs/step_time.json
+
+accelerator: $(VENV)/.accelerator  ## all that only a GPU can show, in eight minutes
+	$(BIN)/python -m benchmarks.accelerator
 
 coverage: $(VENV)/.test  ## tests with line coverage of asteria/
 	$(BIN)/python -m pytest --cov=asteria --cov-report=term-missing

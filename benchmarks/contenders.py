@@ -141,30 +141,40 @@ def asteria_kl_shampoo(workload: Workload, gradients: Sequence[Tensor]) -> Conte
     return _contender("asteria.KLShampoo", settings, optimizer, parameters, gradients)
 
 
-def pytorch_optimizer_soap(workload: Workload, gradients: Sequence[Tensor]) -> Contender:
+def pytorch_optimizer_soap_of(
+    parameters: Sequence[Parameter], *, period: int, max_precond_dim: int
+) -> torch.optim.Optimizer:
     """The SOAP of `pytorch_optimizer`: its defaults are the published settings.
 
     Raises:
         ImportError: The package is not installed.
     """
     package = importlib.import_module("pytorch_optimizer")
-    parameters = _parameters(workload)
-    optimizer = package.SOAP(
+    optimizer: torch.optim.Optimizer = package.SOAP(
         parameters,
         lr=LR,
         betas=BETAS,
         eps=EPS,
         weight_decay=WEIGHT_DECAY,
-        precondition_frequency=workload.period,
-        max_precondition_dim=workload.max_precond_dim,
+        precondition_frequency=period,
+        max_precondition_dim=max_precond_dim,
         merge_dims=False,
+    )
+    return optimizer
+
+
+def pytorch_optimizer_soap(workload: Workload, gradients: Sequence[Tensor]) -> Contender:
+    """The SOAP of `pytorch_optimizer`; raises as `pytorch_optimizer_soap_of`."""
+    parameters = _parameters(workload)
+    optimizer = pytorch_optimizer_soap_of(
+        parameters, period=workload.period, max_precond_dim=workload.max_precond_dim
     )
     return _contender("pytorch_optimizer SOAP", "its defaults", optimizer, parameters, gradients)
 
 
-def heavyball_soap(
-    workload: Workload, gradients: Sequence[Tensor], mode: str = "not compiled"
-) -> Contender:
+def heavyball_soap_of(
+    parameters: Sequence[Parameter], *, period: int, max_precond_dim: int, compile_step: bool
+) -> torch.optim.Optimizer:
     """The SOAP of `heavyball`, set to the published algorithm instead of its own defaults.
 
     No precondition schedule and no merged dimensions. Its refresh clock adds up ``1 / period`` in
@@ -175,24 +185,39 @@ def heavyball_soap(
         ImportError: The package is not installed.
     """
     heavyball = importlib.import_module("heavyball")
-    _quiet_compiler()
-    compile_mode, compile_step = HEAVYBALL_MODES[mode]
-    parameters = _parameters(workload)
-    optimizer = heavyball.SOAP(
+    optimizer: Any = heavyball.SOAP(
         parameters,
         lr=LR,
         betas=BETAS,
         shampoo_beta=BETAS[1],
         eps=EPS,
         weight_decay=WEIGHT_DECAY,
-        precondition_frequency=workload.period,
-        max_precond_dim=workload.max_precond_dim,
+        precondition_frequency=period,
+        max_precond_dim=max_precond_dim,
         merge_dims=False,
         use_precond_schedule=False,
         compile_step=compile_step,
     )
-    share = Fraction(1, workload.period)
+    share = Fraction(1, period)
     optimizer.precond_schedule = lambda _step: share
+    found: torch.optim.Optimizer = optimizer
+    return found
+
+
+def heavyball_soap(
+    workload: Workload, gradients: Sequence[Tensor], mode: str = "not compiled"
+) -> Contender:
+    """The SOAP of `heavyball` in one of its modes; raises as `heavyball_soap_of`."""
+    heavyball = importlib.import_module("heavyball")
+    _quiet_compiler()
+    compile_mode, compile_step = HEAVYBALL_MODES[mode]
+    parameters = _parameters(workload)
+    optimizer = heavyball_soap_of(
+        parameters,
+        period=workload.period,
+        max_precond_dim=workload.max_precond_dim,
+        compile_step=compile_step,
+    )
     settings = f"f={workload.period}, no schedule, no merged dims"
     contender = _contender(f"heavyball SOAP, {mode}", settings, optimizer, parameters, gradients)
     contender.compiled = compile_mode is not None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from asteria.planner.table import aligned, readable_bytes
 from asteria.runtime.records import Route, state_dtype
 
 __all__ = ["Description", "ParameterDescription", "describe_parameter"]
@@ -56,12 +57,8 @@ class Description:
     def __str__(self) -> str:
         head = ("parameter", "shape", "dtype", "rule", "blocks", "factors", "state")
         table = [head, *map(_cells, self.rows)]
-        table.append(("total", "", "", "", "", "", _readable(self.state_bytes)))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in table
-        )
+        table.append(("total", "", "", "", "", "", readable_bytes(self.state_bytes)))
+        return aligned(table)
 
 
 def _cells(row: ParameterDescription) -> tuple[str, ...]:
@@ -74,18 +71,9 @@ def _cells(row: ParameterDescription) -> tuple[str, ...]:
         row.rule,
         blocks or "-",
         factors or "-",
-        _readable(row.state_bytes),
+        readable_bytes(row.state_bytes),
     )
 
 
 def _dims(dims: tuple[int, ...]) -> str:
     return "x".join(map(str, dims))
-
-
-def _readable(size: int) -> str:
-    value, unit = float(size), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

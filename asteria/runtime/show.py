@@ -77,6 +77,7 @@ def _reader(
             if life is Life.SUM:
                 extent.settle()
             values.append(extent.door.read(extent.cells[life])[name][start:stop])
-        return (values[0] if len(values) == 1 else torch.cat(values)).reshape(shape)
+        # In memory of its own: who saves a view saves all that it is a view of.
+        return (values[0].clone() if len(values) == 1 else torch.cat(values)).reshape(shape)
 
     return read

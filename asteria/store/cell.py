@@ -53,6 +53,8 @@ class Cell:
         """Between host memory and the device."""
         self.uploaded: Marker | None = None
         """The latest upload from ``far``, which the device may not have come to."""
+        self.landing: Marker | None = None
+        """The latest download to ``far``, which the host must not look at before."""
         self.writing: Lease | None = None
         """From host memory to NVMe."""
         self._windows: dict[tuple[int, int], Mapping[str, Tensor]] = {}

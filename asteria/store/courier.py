@@ -27,6 +27,12 @@ class Courier(Protocol):
     def fetch(self, cell: Cell) -> None:
         """Begin to fill ``cell.near`` from the cell's home."""
 
+    def proceed(self, cell: Cell) -> None:
+        """Go on with what `fetch` has begun, as far as nothing has to be waited for.
+
+        Raises StoreError if the read has failed.
+        """
+
     def arrive(self, cell: Cell) -> None:
         """What the device computes next may use ``cell.near``; waits for the disk.
 
@@ -41,6 +47,15 @@ class Courier(Protocol):
 
         Raises StoreError if the write has failed: what was at home before is still there.
         """
+
+    def give_way(self, cell: Cell) -> bool:
+        """Whether the device itself sees to it that ``near`` is home before it is reused.
+
+        Then it may be reused at once; nobody waits.
+        """
+
+    def settle(self, cell: Cell) -> None:
+        """Wait until the host may look at what is at home."""
 
     def leave(self, cell: Cell) -> None:
         """``near`` is going to be reused: free what was taken beside it."""
@@ -67,6 +82,9 @@ class HostCourier:
         cell.reading = lease.tier.get(lease.slot, near)
         self._traffic.read_bytes += cell.nbytes
 
+    def proceed(self, cell: Cell) -> None:
+        """See `Courier`. There is only one way."""
+
     def arrive(self, cell: Cell) -> None:
         """See `Courier`."""
         _finish_reading(cell)
@@ -82,6 +100,13 @@ class HostCourier:
     def sent(self, cell: Cell, *, wait: bool) -> bool:
         """See `Courier`."""
         return _written(cell, wait=wait)
+
+    def give_way(self, cell: Cell) -> bool:
+        """See `Courier`. The disk is the host's."""
+        return False
+
+    def settle(self, cell: Cell) -> None:
+        """See `Courier`."""
 
     def leave(self, cell: Cell) -> None:
         """See `Courier`."""
@@ -121,12 +146,21 @@ class DeviceCourier:
         if cell.near is None:
             raise RuntimeError("a cell was fetched that has no memory")
         cell.moving = self._lane.upload(far, cell.near)
+        cell.landing = None  # it comes before, on the device
         self._traffic.uploaded_bytes += cell.nbytes
+
+    def proceed(self, cell: Cell) -> None:
+        """See `Courier`. From the disk on to the device."""
+        if cell.reading is not None and cell.reading.done:
+            self._read_and_upload(cell)
+
+    def _read_and_upload(self, cell: Cell) -> None:
+        if _finish_reading(cell) and cell.far is not None:
+            self._upload(cell, cell.far)
 
     def arrive(self, cell: Cell) -> None:
         """See `Courier`."""
-        if _finish_reading(cell) and cell.far is not None:
-            self._upload(cell, cell.far)
+        self._read_and_upload(cell)
         if cell.moving is not None:
             self._lane.use(cell.moving)
             cell.uploaded = cell.moving
@@ -142,7 +176,7 @@ class DeviceCourier:
         if cell.far is None:
             cell.far = self._take(cell.nbytes)
         cell.moving = self._lane.download(cell.near, cell.far)
-        cell.uploaded = None  # it comes before, on the device
+        cell.uploaded = cell.landing = None  # they come before, on the device
         self._traffic.downloaded_bytes += cell.nbytes
 
     def sent(self, cell: Cell, *, wait: bool) -> bool:
@@ -167,6 +201,20 @@ class DeviceCourier:
             cell.far = None
         return True
 
+    def give_way(self, cell: Cell) -> bool:
+        """See `Courier`. What goes on to the disk is the host's business."""
+        if cell.home is not Home.PINNED or cell.moving is None:
+            return False
+        self._lane.give_way(cell.moving)
+        cell.landing, cell.moving, cell.lease = cell.moving, None, None
+        return True
+
+    def settle(self, cell: Cell) -> None:
+        """See `Courier`."""
+        if cell.landing is not None:
+            cell.landing.synchronize()
+            cell.landing = None
+
     def leave(self, cell: Cell) -> None:
         """See `Courier`."""
         if cell.home is Home.NVME and cell.far is not None:
@@ -177,11 +225,12 @@ class DeviceCourier:
         """See `Courier`."""
         cell.lease = None
         if cell.far is not None:
-            if cell.uploaded is not None:
-                self._parked.append((cell.uploaded, cell.far))
+            under_way = cell.uploaded or cell.landing
+            if under_way is not None:
+                self._parked.append((under_way, cell.far))
             else:
                 self._host.give(cell.far)
-            cell.far = None
+            cell.far = cell.landing = None
 
     def rest(self) -> None:
         """See `Courier`."""

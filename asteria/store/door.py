@@ -185,6 +185,12 @@ class Door:
     def _advance(self) -> None:
         """Begin what can begin now: free the memory of what is home, prefetch."""
         self.tidy()
+        for cell in list(self._ahead):
+            try:
+                self._courier.proceed(cell)
+            except StoreError:  # `acquire` tries again, and tells
+                del self._ahead[cell]
+                self._homeward.vacate(cell)
         while self._queue:
             cell = next(iter(self._queue))
             if cell.near is None:
@@ -199,7 +205,7 @@ class Door:
         """Wait for writes, give up what was prefetched; raise if failed writes hold the room."""
         tried = False
         while not self._near.has_room(nbytes):
-            if self._homeward.finish_one():
+            if self._homeward.give_way() or self._homeward.finish_one():
                 continue
             if self._ahead:
                 self._drop_ahead()

@@ -64,14 +64,16 @@ class Homeward:
             self._near.give(near)
 
     def turn_back(self, cell: Cell) -> None:
-        """Somebody needs the cell: wait until it is no longer on its way."""
-        self.wait_for(cell)
+        """Somebody needs the cell: it is no longer on its way, if need be after a wait."""
+        if cell in self._outgoing and not self._gives_way(cell):
+            self._left(cell, wait=True)
         self._stuck.pop(cell, None)
 
     def wait_for(self, cell: Cell) -> None:
         """Wait for the cell's own write, if there is one."""
         if cell in self._outgoing:
             self._left(cell, wait=True)
+        self._courier.settle(cell)
 
     def stay(self, cell: Cell) -> None:
         """The memory that the cell could not leave is its home again."""
@@ -82,6 +84,22 @@ class Homeward:
         """Take note of writes that have ended; never waits."""
         while self._outgoing and self._left(next(iter(self._outgoing)), wait=False):
             pass
+
+    def give_way(self) -> bool:
+        """Take the memory of a cell on its way for which nobody has to wait; False if none is."""
+        cell = next(filter(self._gives_way, self._outgoing), None)
+        if cell is None:
+            return False
+        if cell.users == 0:
+            self.vacate(cell)
+        return True
+
+    def _gives_way(self, cell: Cell) -> bool:
+        if not self._courier.give_way(cell):
+            return False
+        del self._outgoing[cell]
+        cell.dirty = False
+        return True
 
     def finish_one(self) -> bool:
         """Wait for the oldest write; False if there is none."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DeviceLane", "Lane", "Marker", "current_stream"]
+__all__ = ["DeviceLane", "Lane", "Marker", "current_stream", "stream_of"]
 
 
 class Marker(Protocol):
@@ -40,6 +40,12 @@ class Lane(Protocol):
     def download(self, source: Tensor, host: Tensor) -> Marker:
         """Copy to the host what the device has computed so far; neither may change until done."""
 
+    def give_way(self, leaving: Marker) -> None:
+        """Let what the device computes and uploads next come after a download.
+
+        So it may change the download's source, and upload what it has brought.
+        """
+
 
 class DeviceLane:
     """One stream in each direction, so that reads and writes share the link's two directions."""
@@ -67,10 +73,23 @@ class DeviceLane:
             host.copy_(source, non_blocking=True)
         return self._down.record_event()
 
+    def give_way(self, leaving: Marker) -> None:
+        """See `Lane`."""
+        leaving.wait(self._up)
+        leaving.wait(torch.accelerator.current_stream(self._device))
+
+
+def stream_of(device: torch.device) -> torch.Stream | None:
+    """Where the calling thread's work on ``device`` goes; None for the host."""
+    return None if device.type == "cpu" else torch.accelerator.current_stream(device)
+
 
 @contextlib.contextmanager
-def current_stream(stream: torch.Stream) -> Iterator[None]:
-    """Issue work on ``stream``; a Stream is no context manager before torch 2.7."""
+def current_stream(stream: torch.Stream | None) -> Iterator[None]:
+    """Issue work on ``stream``, if any; a Stream is no context manager before torch 2.7."""
+    if stream is None:
+        yield
+        return
     device = torch.accelerator.current_device_index()
     before = torch.accelerator.current_stream(stream.device)
     torch.accelerator.set_stream(stream)  # which also makes its device the current one

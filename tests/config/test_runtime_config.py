@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
 CHOICES: dict[str, tuple[list[Any], list[Any]]] = {
     "refresh": (["async", "sync"], []),
     "refresh_method": (["eigh", "qr", "ldlr", "auto"], []),
-    "refresh_on": (["host", "auto"], ["device"]),
+    "refresh_on": (["host", "device", "auto"], []),
     "install": (["scheduled", "ready"], []),
     "start": (["fresh", "eigh", "adam"], []),
     "state_dtype": ([torch.float32, torch.bfloat16], []),

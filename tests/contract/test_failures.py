@@ -15,7 +15,7 @@ from asteria.linalg import verified
 from asteria.linalg.eigenbasis import BasisResult
 from asteria.linalg.method import Method
 from asteria.optim.optimizer import SecondOrderOptimizer
-from asteria.runtime import background
+from asteria.runtime import launcher
 from tests.support.arms import PERIOD, over_optimizers
 from tests.support.asynchronous import GROWN, bases, build, manual
 from tests.support.execution import versions
@@ -265,7 +265,7 @@ def test_what_a_worker_raises_is_raised_by_the_step_that_would_install(
     train(optimizer, range(GROWN + 3))
     raised = []
     with monkeypatch.context() as patch:
-        patch.setattr(background, "refresh_job", broken_job)
+        patch.setattr(launcher, "host_work", broken_job)
         for step in range(GROWN + 3, GROWN + 3 + 2 * PERIOD):
             set_gradients([p], step)
             if error := refusal(optimizer, Fault):
@@ -290,7 +290,7 @@ def test_a_lost_refresh_does_not_hinder_saving(name: str, monkeypatch: pytest.Mo
     """What failed is told by the step; a checkpoint must be possible before."""
     optimizer, workers = manual(build(name, shapes=ONE))
     train(optimizer, range(GROWN + 1))
-    monkeypatch.setattr(background, "refresh_job", broken_job)
+    monkeypatch.setattr(launcher, "host_work", broken_job)
     train(optimizer, range(GROWN + 1, GROWN + 1 + PERIOD))
     workers.run_all()
     assert not all(job.succeeded for job in workers.done)

@@ -138,16 +138,40 @@ class CheckedUpload(CheckedCopy):
         return self.ended
 
 
+class CheckedDownload(CheckedCopy):
+    """One that the device may know to have ended, and the host not.
+
+    Then the host finds nothing yet, but the source may change, and the device brings back what was
+    there.
+    """
+
+    waits = 0
+    """Of the host."""
+
+    def give_way(self) -> None:
+        if not torch.equal(self._source, self._kept):
+            raise MisuseError("the source has changed while it was copied")
+        self._source = self._kept
+
+    def synchronize(self) -> None:  # type: ignore[override]
+        self.waits += not self._copied
+        self.wait()
+
+
 class CheckedLane:
     """A link to a device that computes at once; copies end when they are waited for."""
 
     def __init__(self) -> None:
-        self.uploads = self.downloads = 0
+        self.uploads = self.downloads = self.ways = 0
+        self._down: dict[int, CheckedDownload] = {}
+        """The latest to each piece of host memory."""
         self._up: dict[int, CheckedUpload] = {}
         """The latest from each piece of host memory, unless its end is known."""
 
     def upload(self, host: Tensor, target: Tensor) -> CheckedUpload:
         self._settle(host)
+        if (before := self._down.pop(host.data_ptr(), None)) is not None:
+            before.wait()
         self._up = {place: up for place, up in self._up.items() if not up.ended}
         self.uploads += 1
         started = self._up[host.data_ptr()] = CheckedUpload(host, target)
@@ -159,7 +183,12 @@ class CheckedLane:
     def download(self, source: Tensor, host: Tensor) -> CheckedCopy:
         self._settle(host)
         self.downloads += 1
-        return CheckedCopy(source, host)
+        started = self._down[host.data_ptr()] = CheckedDownload(source, host)
+        return started
+
+    def give_way(self, leaving: Any) -> None:
+        self.ways += 1
+        leaving.give_way()
 
     def check(self) -> None:
         """Whether everybody who wrote to host memory had seen the end of its upload."""
@@ -205,7 +234,7 @@ class Arrangement(NamedTuple):
 
 FEW_BYTES = 7 * 1024
 """Room for what flows through a step, and for some cells of the small models of tests."""
-WORKING_BYTES = 64 * 1024**2 + 5 * 1024
+WORKING_BYTES = 64 * 1024**2 + 6 * 1024
 """Of host memory, beside the state of such a model."""
 
 ARRANGEMENTS = {
