@@ -11,7 +11,8 @@ Model, data and the loss are those of ``examples/train_gpt.py``. Every finished 
 ``--out`` as one file, so a benchmark that was killed continues where it was.
 
 ``--staleness`` is another study of the same task: what asynchronous refreshes cost in loss
-(``benchmarks/staleness.py``).
+(``benchmarks/staleness.py``). ``--period-one`` is a third: what refreshes at every step gain, by
+method (``benchmarks/period_one.py``).
 """
 
 import argparse
@@ -27,7 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks import staleness
+from benchmarks import period_one, staleness
 from benchmarks.measurement import describe_machine, write_json
 from benchmarks.runs import Lab, Record, Run, Runner, final, finite, optimizer_ms, set_up
 
@@ -196,12 +197,16 @@ def plot_curves(panel: Axes, arm: Record, color: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing of the study, then print and write its results."""
     argv = sys.argv[1:] if argv is None else argv
+    if "--period-one" in argv:
+        period_one.main([word for word in argv if word != "--period-one"])
+        return
     if "--staleness" in argv:
         staleness.main([word for word in argv if word != "--staleness"])
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--staleness", action="store_true", help="another study, with options of its own")
+    add("--period-one", action="store_true", help="a third one, likewise")
     add("--steps", type=int, default=300, help="a fifth of them warm-up (default 300)")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="the first one tunes (default 0 1)")
     add("--out", type=Path, default=Path("runs/convergence"), help="finished runs")

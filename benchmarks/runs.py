@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import asteria
+from asteria.linalg import method
 from benchmarks.measurement import read_stats
 from examples import train_gpt as example
 
@@ -66,6 +68,7 @@ class Run:
     options: tuple[tuple[str, Any], ...] = (("precondition_frequency", 10),)  # not for AdamW
     frozen_after: int | None = None  # steps, after which no period ends in a refresh any more
     perturbation: float | None = None  # standard deviation of noise on the first weights
+    ldlr_iterations: int | None = None  # that an LDLR refresh is worth, where it is not the usual
 
     def make_model(self, task: Task) -> torch.nn.Module:
         """The model with its first weights."""
@@ -83,7 +86,10 @@ class Run:
             return example.make_optimizer("adamw", model, lr=self.lr)
         config = asteria.RuntimeConfig
         preset = config.reference() if self.preset == "reference" else config()
-        runtime = replace(preset, **dict(self.runtime))
+        changed = {**dict(self.runtime)}
+        if "state_dtype" in changed:  # by its name, as JSON has no dtypes
+            changed["state_dtype"] = getattr(torch, changed["state_dtype"])
+        runtime = replace(preset, **changed)
         options = dict(self.options)
         return example.make_optimizer(self.optimizer, model, lr=self.lr, runtime=runtime, **options)
 
@@ -111,7 +117,8 @@ def execute(run: Run, task: Task, corpus: Corpus, on_step: Callable[[str], None]
     """Train ``run``; one that leaves the finite numbers ends there and has no final loss."""
     model = run.make_model(task)
     optimizer = run.make_optimizer(model)
-    with example.closing(optimizer):
+    iterations = run.ldlr_iterations or method.ITERATIONS
+    with example.closing(optimizer), mock.patch.object(method, "ITERATIONS", iterations):
         record = _train(run, task, corpus, (model, optimizer), on_step)
         record["state_bytes"] = example.state_bytes(optimizer.state_dict())
         record["stats"] = read_stats(optimizer)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from asteria.algorithms.algorithm import BlockShape, BlockState, Contribution, Pair
+from asteria.algorithms.algorithm import Algorithm, BlockShape, BlockState, Contribution, Pair
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.linalg.modes import replace_
 from asteria.store.layout import FieldSpec
@@ -121,7 +121,12 @@ class AdamW:
     has_bases = False
     squeezes = True
     sorts_columns = False
+    bases_in: torch.dtype | None = None
     rows_alike = True
+
+    def storing(self, bases_in: torch.dtype) -> Algorithm:
+        """The same rule: there are no eigenbases."""
+        return self
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """Two moments."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from asteria.config.hyperparameters import Hyperparameters
@@ -55,14 +56,18 @@ class BlockShape:
         """Sizes of the Kronecker factors, by mode."""
         return tuple(n for n, factored in zip(self.dims, self.factored, strict=True) if factored)
 
-    def factor_fields(self) -> tuple[FieldSpec, ...]:
-        """Factor and eigenbasis of every factored mode, (n, n) each."""
-        return tuple(
-            FieldSpec(f"{kind}_{mode}", (size, size), by_columns=life is Life.BASIS, life=life)
-            for kind, life in (("factor", Life.SUM), ("basis", Life.BASIS))
-            for mode, (size, factored) in enumerate(zip(self.dims, self.factored, strict=True))
-            if factored
-        )
+    def factor_fields(self, bases_in: torch.dtype | None = None) -> tuple[FieldSpec, ...]:
+        """Factor and eigenbasis of every factored mode, (n, n) each.
+
+        ``bases_in`` is what eigenbases are stored in where the state is float32.
+        """
+        sizes = [(m, n) for m, n in enumerate(self.dims) if self.factored[m]]
+        factors = [FieldSpec(f"factor_{m}", (n, n), life=Life.SUM) for m, n in sizes]
+        bases = [
+            FieldSpec(f"basis_{m}", (n, n), by_columns=True, life=Life.BASIS, narrow=bases_in)
+            for m, n in sizes
+        ]
+        return (*factors, *bases)
 
 
 def bases(state: BlockState, rank: int) -> list[Tensor | None]:
@@ -107,8 +112,16 @@ class Algorithm(Protocol):
     sorts_columns: bool
     """Whether a refresh orders the eigenbasis' columns by eigenvalue."""
 
+    bases_in: torch.dtype | None
+    """What eigenbases are stored in where the state is float32; None is that. Bases that are handed
+    to its methods have the dtype of the state.
+    """
+
     rows_alike: bool
     """Whether the rows of a block without a factor for them can be updated one after the other."""
+
+    def storing(self, bases_in: torch.dtype) -> Algorithm:
+        """The same rule with eigenbases stored in this dtype."""
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """The state of one block."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ from asteria.store.layout import FieldSpec
 
 __all__ = ["KLSOAP", "KLShampoo"]
 
+Self = TypeVar("Self", bound="_KullbackLeibler")
+
 # The published first eigenvalue. Bounds on inverse roots were chosen for gradients of that scale.
 _PUBLISHED_EIGENVALUE = 0.1
 
@@ -46,6 +49,13 @@ class _KullbackLeibler:
     squeezes = True
     sorts_columns = False
     rows_alike = False
+
+    def __init__(self, bases_in: torch.dtype | None = None) -> None:
+        self.bases_in = bases_in
+
+    def storing(self: Self, bases_in: torch.dtype) -> Self:
+        """The same rule with eigenbases stored in this dtype."""
+        return type(self)(bases_in)
 
     def begin_(self, state: BlockState, gradient: Tensor, hyper: Hyperparameters) -> None:
         """Unwhitened factors of the first gradient; constant eigenvalues, if none are there."""
@@ -127,7 +137,7 @@ class KLShampoo(_KullbackLeibler):
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """One moment, factor and eigenbasis of each factored mode, inverse roots of all."""
-        return (FieldSpec("exp_avg", block.dims), *_kl_fields(block))
+        return (FieldSpec("exp_avg", block.dims), *_kl_fields(block, self.bases_in))
 
     def direction_(
         self,
@@ -175,7 +185,7 @@ class KLSOAP(_KullbackLeibler):
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """Two moments, factor and eigenbasis of each factored mode, inverse roots of all."""
-        return moment_fields(block) + _kl_fields(block)
+        return moment_fields(block) + _kl_fields(block, self.bases_in)
 
     def direction_(
         self,
@@ -209,9 +219,9 @@ class KLSOAP(_KullbackLeibler):
         _rank_roots_(state)
 
 
-def _kl_fields(block: BlockShape) -> tuple[FieldSpec, ...]:
+def _kl_fields(block: BlockShape, bases_in: torch.dtype | None) -> tuple[FieldSpec, ...]:
     roots = (FieldSpec(f"inverse_root_{mode}", (size,)) for mode, size in enumerate(block.dims))
-    return (*block.factor_fields(), *roots, FieldSpec("eigenvalue_scale", ()))
+    return (*block.factor_fields(bases_in), *roots, FieldSpec("eigenvalue_scale", ()))
 
 
 def _rank_roots_(state: BlockState) -> None:

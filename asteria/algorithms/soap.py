@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from asteria.algorithms.adam import bias_correction
 from asteria.algorithms.algorithm import (
+    Algorithm,
     BlockShape,
     BlockState,
     Contribution,
@@ -36,9 +38,16 @@ class SOAP:
     sorts_columns = True
     rows_alike = True
 
+    def __init__(self, bases_in: torch.dtype | None = None) -> None:
+        self.bases_in = bases_in
+
+    def storing(self, bases_in: torch.dtype) -> Algorithm:
+        """The same rule with eigenbases stored in this dtype."""
+        return type(self)(bases_in)
+
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """Two moments of the block's dims, factor and eigenbasis of each factored mode."""
-        return moment_fields(block) + block.factor_fields()
+        return moment_fields(block) + block.factor_fields(self.bases_in)
 
     def begin_(self, state: BlockState, gradient: Tensor, hyper: Hyperparameters) -> None:
         """Factors of the first gradient, begun at zero."""

@@ -78,7 +78,8 @@ def _projected(
             ((_, block, blocks),) = way.extents()
             stack = (blocks, *block.dims)
     matrices = (found.get(mode) for mode in range(len(stack) - 1))
-    return stack, [None if q is None else q.reshape(-1, *q.shape[-2:]) for q in matrices]
+    dtype = entries["exp_avg" + suffix].dtype
+    return stack, [None if q is None else q.reshape(-1, *q.shape[-2:]).to(dtype) for q in matrices]
 
 
 def _back(moment: Tensor, stack: tuple[int, ...], matrices: list[Tensor | None]) -> Tensor:

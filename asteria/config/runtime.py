@@ -30,7 +30,7 @@ _CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "refresh_on": (("host", "device", "auto"),) * 2,
     "install": (("scheduled", "ready"), ("scheduled", "ready")),
     "start": (get_args(Start), get_args(Start)),
-    "state_dtype": ((torch.float32, torch.bfloat16), (torch.float32,)),
+    "state_dtype": ((torch.float32, torch.bfloat16),) * 2,
     "nonfinite": (get_args(Nonfinite), get_args(Nonfinite)),
     "shards": (("exact", "local"), ("exact",)),
 }
@@ -126,7 +126,9 @@ class RuntimeConfig:
     folder of its own in it, which is removed with the optimizer or with the process.
     """
     state_dtype: torch.dtype = torch.float32
-    """Storage type of the eigenbases (float64 for float64 parameters whatever is set here)."""
+    """Storage type of the eigenbases (float64 for float64 parameters whatever is set here). With
+    bfloat16 they take half the memory; products are in float32 all the same.
+    """
     nonfinite: Nonfinite = "raise"
     """A gradient with inf or nan: `"raise"`, or `"skip"` the step and count it."""
     trace: str | os.PathLike[str] | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 from asteria.linalg.eigenbasis import BasisResult, matched_eigh_basis, orthogonal_iteration
 from asteria.linalg.ldlr import ldlr
 
-__all__ = ["RESCUES", "Method", "chosen_method", "refreshed"]
+__all__ = ["ITERATIONS", "RESCUES", "Method", "chosen_method", "refreshed"]
 
 Method: TypeAlias = Literal["eigh", "qr", "ldlr"]
 
@@ -20,7 +20,7 @@ RESCUES: dict[Method, tuple[Method, ...]] = {
 }
 """What is tried in float64, in order, where a method fails in the dtype of the factor."""
 
-_ITERATIONS = 1
+ITERATIONS = 1
 """Orthogonal iterations that an LDLR refresh is worth."""
 
 
@@ -33,7 +33,7 @@ def refreshed(factor: Tensor, basis: Tensor, *, method: Method, sort: bool) -> B
     if method == "eigh":
         return matched_eigh_basis(factor, basis)
     if method == "ldlr":
-        return ldlr(factor, basis, sort=sort, iterations=_ITERATIONS)
+        return ldlr(factor, basis, sort=sort, iterations=ITERATIONS)
     return orthogonal_iteration(factor, basis, sort=sort)
 
 

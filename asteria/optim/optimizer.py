@@ -22,6 +22,7 @@ from asteria.optim.loading import Named, loaded_groups, match_state
 from asteria.runtime.chunks import Update
 from asteria.runtime.engine import Engine
 from asteria.runtime.entries import Entries
+from asteria.runtime.narrow import rule_for
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.routing import check_route, route, routing_options
 from asteria.telemetry.counters import Stats
@@ -58,6 +59,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 "model that has some, as a list if it is used twice"
             )
         self._runtime = runtime
+        self.rule = rule_for(type(self).rule, runtime)
         self._engine = Engine(runtime)
         self._records: dict[Tensor, ParameterRecord] = {}
         # The published code knows no stacks of matrices, so the control arm guesses none.
@@ -270,6 +272,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if "_engine" not in self.__dict__:
             # Two optimizers cannot write one trace.
             self._runtime = replace(self._runtime, trace=None)
+            self.rule = rule_for(type(self).rule, self._runtime)
             self._engine = Engine(self._runtime)
             self._records = {}
             entries = self.state

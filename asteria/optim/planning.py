@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from asteria.algorithms.algorithm import Algorithm
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError
 from asteria.optim.kl import KLSOAP, KLShampoo
@@ -68,11 +69,12 @@ def plan(
     if step_s is not None and not 0 < step_s < math.inf:
         raise ConfigError(f"step_s must be a number of seconds > 0, found {step_s!r}")
     name, weights = weights_of(model)
+    rule, group = _rule_and_group(kind, runtime, options)
     question = Question(
         model=name,
         weights=weights,
-        rule=kind.rule,
-        group=_group(kind, runtime, options),
+        rule=rule,
+        group=group,
         config=runtime,
         machine=find_machine(machine, runtime.nvme_path),
         step_s=step_s,
@@ -94,12 +96,13 @@ def _class_of(optimizer: object) -> type[SecondOrderOptimizer]:
     )
 
 
-def _group(
+def _rule_and_group(
     kind: type[SecondOrderOptimizer], runtime: RuntimeConfig, options: dict[str, Any]
-) -> dict[str, Any]:
-    """The options of a parameter group as the optimizer completes and checks them."""
+) -> tuple[Algorithm, dict[str, Any]]:
+    """The rule, and the options of a parameter group as the optimizer completes and checks them."""
     # Of many dims, so that any number of batch dims is possible; a meta tensor has no memory.
     stand_in = torch.nn.Parameter(torch.empty((1,) * 16, device="meta"))
     quiet = replace(runtime, trace=None, nvme_path=None)
     with kind([{"params": [stand_in], **options}], runtime=quiet) as made:  # type: ignore[call-arg]
-        return {key: value for key, value in made.param_groups[0].items() if key != "params"}
+        group = made.param_groups[0].items()
+        return made.rule, {key: value for key, value in group if key != "params"}

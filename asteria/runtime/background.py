@@ -16,6 +16,7 @@ from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.governor import Governor
 from asteria.runtime.host_refresh import Refreshed
 from asteria.runtime.launcher import Launcher
+from asteria.runtime.narrow import as_stored, widened
 from asteria.runtime.pending import chosen
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.rows import rotate_
@@ -132,7 +133,7 @@ class BackgroundRefresher:
             unit = unit_of(tile)
             landings = self._landings.pop(unit, ())
             blocks = slice(tile.start - chunk.start, tile.stop - chunk.start)
-            part = {name: tensor[blocks] for name, tensor in state.items()} if landings else {}
+            stored = {name: tensor[blocks] for name, tensor in state.items()} if landings else {}
             for landing in landings:
                 if len(landing.outcome.kept) < landing.outcome.count:
                     try:
@@ -140,15 +141,17 @@ class BackgroundRefresher:
                     except StoreError:
                         self._lose(unit, landing.flight)
                         continue
-                    gate = None
+                    part, gate = widened(stored, chunk.extent.dtype), None
+                    fresh = [None if b is None else b.to(chunk.extent.dtype) for b in fresh]
                     if landing.outcome.pending is not None:
                         fresh, gate = chosen(part, fresh, landing.outcome.pending)
+                        fresh = as_stored(fresh, stored)
                     pair = (scratch[0][blocks], scratch[1][blocks])
                     rule = chunk.extent.rule
                     rotate_(rule, part, fresh, scratch=pair, gate=gate, bound=bound)
                     for mode, basis in enumerate(fresh):
                         if basis is not None:
-                            part[f"basis_{mode}"].copy_(basis)
+                            stored[f"basis_{mode}"].copy_(basis)
                 self._landed(unit, landing)
 
     def _lose(self, unit: Unit, flight: Flight[Refreshed]) -> None:

@@ -90,6 +90,12 @@ def _chunk_bytes(key: ExtentKey) -> int:
     return key.dtype.itemsize * rows_at_a_time(key) * math.prod(key.shape.dims[1:])
 
 
+def _widened_bytes(key: ExtentKey) -> int:
+    """Of a block's eigenbases in the dtype that is computed with, if they are stored in less."""
+    bases = [f for f in key.rule.fields(key.shape) if f.stored(key.dtype) != key.dtype]
+    return sum(math.prod(field.shape) for field in bases) * key.dtype.itemsize
+
+
 def _contributed_bytes(key: ExtentKey) -> int:
     """Of one block in one step."""
     tensors = key.rule.contributed_tensors(key.shape)
@@ -103,12 +109,12 @@ def working_bytes(extents: Iterable[tuple[ExtentKey, int]], *, refreshes: int) -
     """
     known: Sequence[tuple[ExtentKey, int]] = list(extents)
     read = max((_refreshed_bytes(*extent) for extent in set(known)), default=0)
-    step = max((n * _chunk_bytes(k) for k, n in known), default=0)
+    step = max((n * (3 * _chunk_bytes(k) + _widened_bytes(k)) for k, n in known), default=0)
     factor = max(
         (k.dtype.itemsize * size**2 for k, _ in known for size in k.shape.factor_sizes()),
         default=0,
     )
-    return 3 * step + (_REFRESH_COPIES * factor + read) * max(1, refreshes) + _OVERHEAD_BYTES
+    return step + (_REFRESH_COPIES * factor + read) * max(1, refreshes) + _OVERHEAD_BYTES
 
 
 def _refreshed_bytes(key: ExtentKey, blocks: int) -> int:

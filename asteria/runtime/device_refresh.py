@@ -116,9 +116,10 @@ def _refreshed(pairs: Pairs, *, method: Method, sort: bool) -> list[Tensor]:
     for (factor, basis), target in zip(pairs, fresh, strict=True):
         usable = []
         for part in _parts(factor):
-            result = refreshed(factor[part], basis[part], method=method, sort=sort)
+            current = basis[part].to(factor.dtype)  # which may be stored in less
+            result = refreshed(factor[part], current, method=method, sort=sort)
             usable.append(result.usable)
-            kept = torch.where(result.usable[:, None, None], result.basis, basis[part])
+            kept = torch.where(result.usable[:, None, None], result.basis, current)
             target[part].copy_(kept)
         flags.append(torch.cat(usable))
     stacked = torch.stack(flags, dim=1)

@@ -70,12 +70,14 @@ def _refreshed(snapshots: Snapshots, link: Link, *, method: Method, sort: bool) 
         if pair is None:
             fresh.append(None)
             continue
-        factor, basis = pair[0].on_host(), pair[1].on_host()
+        factor, stored = pair[0].on_host(), pair[1].on_host()
+        basis = stored.to(factor.dtype)
         outcome = verified_refresh(factor, basis, method=method, sort=sort)
         del factor
+        fresh_basis = outcome.basis.to(stored.dtype)
         cosines = torch.linalg.vecdot(outcome.basis, basis, dim=-2)
         turned.append(1 - float(cosines.square().mean()))
-        del basis
+        del basis, stored
         failures.append(outcome.failures)
-        fresh.append(link.outgoing(outcome.basis))
+        fresh.append(link.outgoing(fresh_basis))
     return Refreshed(fresh, failures, max(turned))

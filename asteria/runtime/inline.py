@@ -16,6 +16,7 @@ from asteria.linalg.modes import replace_
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.chunks import Chunk
 from asteria.runtime.extents import CHUNK_BYTES
+from asteria.runtime.narrow import as_stored, widened
 from asteria.runtime.records import Tile
 from asteria.runtime.reports import Report
 from asteria.runtime.rows import rotate_
@@ -76,7 +77,8 @@ class InlineRefresher:
         modes = range(len(chunk.extent.shape.dims))
         found = _Found()
         for blocks in _parts(state):
-            part = {name: tensor[blocks] for name, tensor in state.items()}
+            stored = {name: tensor[blocks] for name, tensor in state.items()}
+            part = widened(stored, chunk.extent.dtype)
             fresh: list[Tensor | None] = [None for _ in modes]
             for mode in modes:
                 factor, basis = part.get(f"factor_{mode}"), part.get(f"basis_{mode}")
@@ -85,10 +87,11 @@ class InlineRefresher:
                     fresh[mode] = self._refreshed(factor, basis, found, method=method, sort=sort)
             found.blocks += blocks.stop - blocks.start
             pair = (scratch[0][blocks], scratch[1][blocks])
+            fresh = as_stored(fresh, stored)
             rotate_(rule, part, fresh, scratch=pair, gate=gate, bound=bound)
             for mode, basis in enumerate(fresh):
                 if basis is not None:
-                    replace_(part[f"basis_{mode}"], basis, gate)
+                    replace_(stored[f"basis_{mode}"], basis, gate)
         self._settle(chunk, found)
 
     def _settle(self, chunk: Chunk, found: _Found) -> None:

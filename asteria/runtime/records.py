@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -98,9 +97,9 @@ class Route:
         return spec.shape if blocks == 1 else (blocks, *spec.shape)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all state tensors, without the step counter."""
-        return dtype.itemsize * sum(
-            blocks * math.prod(spec.shape)
+        """Bytes of all tensors of a state of this dtype, without the step counter."""
+        return sum(
+            blocks * spec.nbytes(dtype)
             for _, block, blocks in self.extents()
             for spec in self.rule.fields(block)
         )

@@ -13,6 +13,7 @@ from asteria.linalg.scratch import Scratch
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.guard import gate_on
 from asteria.runtime.ledger import Ledger
+from asteria.runtime.narrow import widened
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.rows import parts_of, state_of
 from asteria.runtime.weights import apply_, gather, normalize_
@@ -38,9 +39,15 @@ class Updater:
         first = self._scratch.take("first", shape, extent.dtype, extent.device)
         return first, self._scratch.take("second", shape, extent.dtype, extent.device)
 
+    def _state(self, chunk: Chunk, lives: Iterable[Life]) -> BlockState:
+        return widened(chunk.state(lives), chunk.extent.dtype, self._scratch)
+
     def begin_(self, chunk: Chunk, lives: Sequence[Life], gate: Tensor | None) -> None:
         """First statistics, from the first gradient."""
-        state, gate = chunk.state(lives), gate_on(gate, chunk.extent.device, chunk.extent.dtype)
+        state, gate = (
+            self._state(chunk, lives),
+            gate_on(gate, chunk.extent.device, chunk.extent.dtype),
+        )
         for number, (part, rows) in enumerate(parts_of(chunk)):
             own = state_of(state, rows, chunk.shape)
             gradient = gather(part, self._scratch, gate)
@@ -51,7 +58,7 @@ class Updater:
 
     def project_(self, chunk: Chunk, lives: Sequence[Life]) -> None:
         """Carry moments that were loaded without bases into the first ones."""
-        state, bound = chunk.state(lives), largest_ratio(chunk.hyper)
+        state, bound = self._state(chunk, lives), largest_ratio(chunk.hyper)
         for part, rows in parts_of(chunk):
             own = state_of(state, rows, chunk.shape)
             chunk.extent.rule.project_moments_(own, scratch=self._pair(part), bound=bound)
@@ -71,11 +78,8 @@ class Updater:
         gate: Tensor | None,
     ) -> Iterable[Life]:
         """Moments, weights and factors; returns what has changed."""
-        state, parts, gate = (
-            chunk.state(lives),
-            parts_of(chunk),
-            gate_on(gate, chunk.extent.device, chunk.extent.dtype),
-        )
+        state, parts = self._state(chunk, lives), parts_of(chunk)
+        gate = gate_on(gate, chunk.extent.device, chunk.extent.dtype)
         noted = chunk.extent.ledger if chunk.begun and Life.SUM not in lives else None
         for part, rows in parts:
             gradient, own = gather(part, self._scratch, gate), state_of(state, rows, chunk.shape)

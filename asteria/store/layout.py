@@ -40,12 +40,23 @@ class FieldSpec:
     by_columns: bool = False
     """Whether a matrix lies in memory column after column, as LAPACK has them."""
     life: Life = Life.STEP
+    narrow: torch.dtype | None = None
+    """What it is stored in where the state is float32; None is that."""
+
+    def stored(self, dtype: torch.dtype) -> torch.dtype:
+        """What it is stored in beside a state of this dtype."""
+        return self.narrow if self.narrow is not None and dtype == torch.float32 else dtype
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Of one block beside a state of this dtype."""
+        return math.prod(self.shape) * self.stored(dtype).itemsize
 
 
 class Layout:
     """The fields of ``blocks`` same-shaped blocks in one piece of memory, each of them dense.
 
     A field is (blocks, *shape): neighbouring blocks go through batched products without a copy.
+    ``dtype`` is that of the state, of which `FieldSpec.narrow` is an exception.
     """
 
     def __init__(self, fields: Iterable[FieldSpec], blocks: int, dtype: torch.dtype) -> None:
@@ -56,7 +67,7 @@ class Layout:
         end = 0
         for field in self.fields:
             self._offsets.append(end)
-            size = blocks * math.prod(field.shape) * dtype.itemsize
+            size = blocks * field.nbytes(dtype)
             end += math.ceil(size / _ALIGNMENT) * _ALIGNMENT
         self.nbytes = end
         """Of the whole piece, gaps between fields included."""
@@ -70,6 +81,6 @@ class Layout:
 
     def _view(self, memory: Tensor, field: FieldSpec, offset: int) -> Tensor:
         shape = (self.blocks, *field.shape)
-        size = math.prod(shape) * self.dtype.itemsize
-        view = memory[offset : offset + size].view(self.dtype).view(shape)
+        size = self.blocks * field.nbytes(self.dtype)
+        view = memory[offset : offset + size].view(field.stored(self.dtype)).view(shape)
         return view.mT if field.by_columns else view

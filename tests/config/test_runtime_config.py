@@ -39,7 +39,7 @@ CHOICES: dict[str, tuple[list[Any], list[Any]]] = {
     "refresh_on": (["host", "device", "auto"], []),
     "install": (["scheduled", "ready"], []),
     "start": (["fresh", "eigh", "adam"], []),
-    "state_dtype": ([torch.float32], [torch.bfloat16]),
+    "state_dtype": ([torch.float32, torch.bfloat16], []),
     "nonfinite": (["raise", "skip"], []),
     "shards": (["exact"], ["local"]),
 }

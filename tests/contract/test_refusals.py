@@ -212,7 +212,6 @@ UNKNOWN_RUNTIME: dict[str, list[Any]] = {
     "node_size": [0],
 }
 NOT_BUILT_YET: dict[str, Any] = {
-    "state_dtype": torch.bfloat16,
     "shards": "local",
     "node_size": 8,
 }

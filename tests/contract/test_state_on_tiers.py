@@ -130,6 +130,8 @@ CASES = {
     "staleness 5": Case(runtime={"staleness": 5}),
     "eigh": Case(runtime={"start": "eigh", "refresh_method": "eigh"}),
     "adam": Case(runtime={"start": "adam"}),
+    "ldlr": Case(runtime={"refresh_method": "ldlr"}),
+    "narrow bases": Case(runtime={"state_dtype": torch.bfloat16}),
     "slow factors": Case({"shampoo_beta": 0.95, "precondition_frequency": 10}),
     "bfloat16": Case(dtype=torch.bfloat16),
     "float64": Case(dtype=torch.float64),

@@ -124,6 +124,16 @@ def test_the_leading_space_of_a_singular_factor_is_found_as_by_qr(rank: int) -> 
     assert quotients[:, rank:].max() < 1e-3
 
 
+def test_columns_that_are_all_rounding_do_not_spoil_the_others() -> None:
+    """M then has entries of 40 and more; what comes of them is not orthogonal in float32."""
+    factor = with_spectrum(
+        [1.0, 1 / 2, 1 / 3, 1 / 4] + [0.0] * 124, rotations(8, 128, 1), torch.float32
+    )
+    result = ldlr(factor, rotations(8, 128, 2, torch.float32), sort=True)
+    assert result.usable.all()
+    assert defect(result.basis) < 1e-3
+
+
 def test_what_no_shift_makes_definite_takes_the_first_order_step() -> None:
     rotated = torch.tensor([[[1.0, 0.5], [0.5, -0.5]], [[1.0, 0.5], [0.5, 0.5]]])
     found = elimination(rotated)

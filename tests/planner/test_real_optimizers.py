@@ -45,21 +45,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def stepped(kind: type[Any], model: nn.Module, options: dict[str, Any]) -> Any:
+def stepped(kind: type[Any], model: nn.Module, options: dict[str, Any], **runtime: Any) -> Any:
     group = {"params": [p for p in model.parameters() if p.requires_grad], **options}
-    optimizer = kind([group])
+    optimizer = kind([group], runtime=asteria.RuntimeConfig(**runtime))
     for parameter in group["params"]:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     return optimizer
 
 
+@pytest.mark.parametrize("bases", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_bytes_of_every_class_are_those_of_the_real_state(name: str, options: str) -> None:
+def test_bytes_of_every_class_are_those_of_the_real_state(
+    name: str, options: str, bases: torch.dtype
+) -> None:
     model = Net()
-    plan = asteria.plan(model, optimizer=name, machine=Machine(), **OPTIONS[options])
-    with stepped(OPTIMIZERS[name], model, OPTIONS[options]) as optimizer:
+    runtime = asteria.RuntimeConfig(state_dtype=bases)
+    plan = asteria.plan(
+        model, optimizer=name, machine=Machine(), runtime=runtime, **OPTIONS[options]
+    )
+    with stepped(OPTIMIZERS[name], model, OPTIONS[options], state_dtype=bases) as optimizer:
         real: Counter[str] = Counter()
         for extents in optimizer._engine._extents.values():
             for extent in extents:
@@ -77,7 +83,7 @@ def test_extents_are_those_of_the_real_state(options: str, monkeypatch: pytest.M
     # So small that tiles of a kind are spread over several extents.
     monkeypatch.setattr("asteria.runtime.extents.EXTENT_BYTES", 20_000)
     model = Net()
-    with stepped(asteria.SOAP, model, OPTIONS[options]) as optimizer:
+    with stepped(asteria.SOAP, model, OPTIONS[options], state_dtype=torch.bfloat16) as optimizer:
         real = [
             (extent.key, extent.blocks)
             for extents in optimizer._engine._extents.values()

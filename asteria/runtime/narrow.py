@@ -1,0 +1,44 @@
+"""Eigenbases that are stored in fewer bits than the step computes with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from asteria.algorithms.algorithm import Algorithm, BlockState
+from asteria.config.runtime import RuntimeConfig
+from asteria.linalg.scratch import Scratch
+
+__all__ = ["as_stored", "rule_for", "widened"]
+
+
+def rule_for(rule: Algorithm, config: RuntimeConfig) -> Algorithm:
+    """The rule, with its state stored as ``config`` wants it."""
+    dtype = config.state_dtype
+    return rule if dtype == torch.float32 else rule.storing(dtype)
+
+
+def widened(state: BlockState, dtype: torch.dtype, scratch: Scratch | None = None) -> BlockState:
+    """The fields, all in ``dtype``: copies of bases that are stored in less.
+
+    The copies, in ``scratch`` if there is one, are to be read only. For the training thread.
+    """
+    narrow = {name: t for name, t in state.items() if t.dtype != dtype}
+    if not narrow:
+        return state
+    copies = {}
+    for name, basis in narrow.items():
+        if scratch is None:
+            copies[name] = basis.to(dtype)
+        else:
+            rows = scratch.take(name, tuple(basis.mT.shape), dtype, basis.device)
+            copies[name] = rows.copy_(basis.mT).mT  # column after column, as bases lie
+    return {**state, **copies}
+
+
+def as_stored(fresh: list[Tensor | None], state: BlockState) -> list[Tensor | None]:
+    """New bases of each mode as ``state`` is going to store them; moments go with these."""
+    return [
+        None if basis is None else basis.to(state[f"basis_{mode}"].dtype).to(basis.dtype)
+        for mode, basis in enumerate(fresh)
+    ]
