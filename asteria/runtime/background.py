@@ -16,7 +16,7 @@ from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.governor import Governor
 from asteria.runtime.host_refresh import Refreshed
 from asteria.runtime.launcher import Launcher
-from asteria.runtime.narrow import widened
+from asteria.runtime.narrow import as_stored, widened
 from asteria.runtime.pending import chosen
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.rows import rotate_
@@ -141,13 +141,13 @@ class BackgroundRefresher:
                     except StoreError:
                         self._lose(unit, landing.flight)
                         continue
-                    gate = None
+                    part, gate = widened(stored, chunk.extent.dtype), None
+                    fresh = [None if b is None else b.to(chunk.extent.dtype) for b in fresh]
                     if landing.outcome.pending is not None:
-                        fresh, gate = chosen(stored, fresh, landing.outcome.pending)
+                        fresh, gate = chosen(part, fresh, landing.outcome.pending)
+                        fresh = as_stored(fresh, stored)
                     pair = (scratch[0][blocks], scratch[1][blocks])
                     rule = chunk.extent.rule
-                    part = widened(stored, chunk.extent.dtype)
-                    fresh = [None if b is None else b.to(chunk.extent.dtype) for b in fresh]
                     rotate_(rule, part, fresh, scratch=pair, gate=gate, bound=bound)
                     for mode, basis in enumerate(fresh):
                         if basis is not None:

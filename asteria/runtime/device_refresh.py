@@ -116,10 +116,10 @@ def _refreshed(pairs: Pairs, *, method: Method, sort: bool) -> list[Tensor]:
     for (factor, basis), target in zip(pairs, fresh, strict=True):
         usable = []
         for part in _parts(factor):
-            own = basis[part].to(factor.dtype)
-            result = refreshed(factor[part], own, method=method, sort=sort)
+            current = basis[part].to(factor.dtype)  # which may be stored in less
+            result = refreshed(factor[part], current, method=method, sort=sort)
             usable.append(result.usable)
-            kept = torch.where(result.usable[:, None, None], result.basis, own)
+            kept = torch.where(result.usable[:, None, None], result.basis, current)
             target[part].copy_(kept)
         flags.append(torch.cat(usable))
     stacked = torch.stack(flags, dim=1)

@@ -44,8 +44,10 @@ class Updater:
 
     def begin_(self, chunk: Chunk, lives: Sequence[Life], gate: Tensor | None) -> None:
         """First statistics, from the first gradient."""
-        state = self._state(chunk, lives)
-        gate = gate_on(gate, chunk.extent.device, chunk.extent.dtype)
+        state, gate = (
+            self._state(chunk, lives),
+            gate_on(gate, chunk.extent.device, chunk.extent.dtype),
+        )
         for number, (part, rows) in enumerate(parts_of(chunk)):
             own = state_of(state, rows, chunk.shape)
             gradient = gather(part, self._scratch, gate)
@@ -76,11 +78,8 @@ class Updater:
         gate: Tensor | None,
     ) -> Iterable[Life]:
         """Moments, weights and factors; returns what has changed."""
-        state, parts, gate = (
-            self._state(chunk, lives),
-            parts_of(chunk),
-            gate_on(gate, chunk.extent.device, chunk.extent.dtype),
-        )
+        state, parts = self._state(chunk, lives), parts_of(chunk)
+        gate = gate_on(gate, chunk.extent.device, chunk.extent.dtype)
         noted = chunk.extent.ledger if chunk.begun and Life.SUM not in lives else None
         for part, rows in parts:
             gradient, own = gather(part, self._scratch, gate), state_of(state, rows, chunk.shape)
