@@ -147,6 +147,19 @@ def test_smaller_blocks_that_are_suggested_do() -> None:
     assert smaller.fits
 
 
+def test_bases_in_bfloat16_are_suggested_where_they_do() -> None:
+    hint = "state_dtype=torch.bfloat16"
+    least = planned(Machine(), state_dtype=torch.bfloat16).memory.state_bytes
+    narrow = {"state_dtype": torch.bfloat16, "refresh": "sync"}
+    for budget, helps in ((least + 1, True), (least - 1, False)):
+        plan = planned(Machine(), host_budget=budget, refresh="sync")
+        assert not plan.fits
+        assert any(hint in text for text in plan.suggestions) == helps
+        there = planned(Machine(), host_budget=budget, **narrow)
+        assert there.fits == helps
+        assert not any(hint in text for text in there.suggestions)
+
+
 def test_a_budget_below_what_a_step_needs_is_told() -> None:
     shapes = [("head", (50000, 768)), ("embed", (50000, 768))]
     runtime = RuntimeConfig(host_budget="256MiB", nvme_path="/scratch")
