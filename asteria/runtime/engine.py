@@ -233,11 +233,12 @@ class Engine:
             raise
         finally:
             start = self._config.start
-            moved += [r for r in ended if r.has_moments or moves_at_once(start, r.route.rule)]
+            counted = [r for r in ended if r.has_moments or moves_at_once(start, r.route.rule)]
             for record in ended:
                 record.begin()
                 record.refresh_steps = updates[record].hyper.precondition_frequency
-            _count_updates(moved, 1)
+            _count_updates(counted, 1)
+            moved += counted
         self._foresight.end_step(work, stepper.cells)
 
     def _all(self) -> list[Extent]:

@@ -159,9 +159,9 @@ class Distant(Tensor):
         if func is torch.ops.aten.copy_.default and isinstance(args[0], Distant):
             args[0]._origin.replace(plain(args[1]))
             return args[0]
-        stays = any(argument.alias_info is not None for argument in func._schema.arguments)
-        take: Callable[[Distant], Tensor] = Distant.hold if stays else Distant.read
-        given, named = tree_map_only(Distant, take, (args, dict(kwargs or {})))
+        given = [_taken(*pair) for pair in zip(args, func._schema.arguments, strict=False)]
+        arguments = {argument.name: argument for argument in func._schema.arguments}
+        named = {name: _taken(it, arguments[name]) for name, it in (kwargs or {}).items()}
         return func(*given, **named)
 
     @property
@@ -211,6 +211,12 @@ class Distant(Tensor):
 
     def _typed_storage(self) -> Any:
         return self.hold()._typed_storage()  # type: ignore[no-untyped-call]
+
+
+def _taken(given: Any, argument: Any) -> Any:
+    """What an operation gets; it may keep, or write to, what its schema calls an alias."""
+    take = Distant.read if argument.alias_info is None else Distant.hold
+    return tree_map_only(Distant, take, given)
 
 
 class _Storage:

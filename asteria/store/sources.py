@@ -28,8 +28,7 @@ class SlotReads:
     Any thread.
     """
 
-    def __init__(self, recent_bytes: int = _RECENT_BYTES) -> None:
-        self._recent_bytes = recent_bytes
+    def __init__(self) -> None:
         self._recent: dict[Lease, Tensor] = {}
         """Oldest first."""
         self._lock = threading.Lock()
@@ -43,7 +42,7 @@ class SlotReads:
             memory = self._recent.pop(lease, None)
             if memory is None:
                 nbytes = lease.slot.nbytes
-                while self._recent and nbytes + self._kept_bytes() > self._recent_bytes:
+                while self._recent and nbytes + self._kept_bytes() > _RECENT_BYTES:
                     del self._recent[next(iter(self._recent))]
                 memory = host_memory(nbytes)
                 lease.tier.get(lease.slot, memory).wait()
@@ -75,9 +74,12 @@ class FieldSource:
 
     def read(self) -> Tensor:
         """See `Source`."""
-        views = self._layout.views(self._reads.read(self._lease))
+        field = self._layout.views(self._reads.read(self._lease))[self._name][self._blocks]
         # In memory of its own: who saves a view saves all that it is a view of.
-        return views[self._name][self._blocks].clone()
+        memory = host_memory(field.nbytes).view(field.dtype)
+        if not field.is_contiguous():  # column after column
+            return memory.view(field.mT.shape).copy_(field.mT).mT
+        return memory.view(field.shape).copy_(field)
 
     def replaced(self, value: Tensor) -> Source | None:
         """See `Source`: a slot of its own, on the same tier."""
