@@ -14,6 +14,7 @@ from asteria.config.runtime import RuntimeConfig, parse_bytes
 from asteria.errors import StoreFullError
 from asteria.runtime.claims import budgets, items, ledger_steps, working_bytes
 from asteria.runtime.extents import Extent
+from asteria.runtime.promises import Promises
 from asteria.store.buffers import Buffers, device_memory, host_memory, pinned_memory
 from asteria.store.cell import Home
 from asteria.store.courier import DeviceCourier, HostCourier
@@ -66,6 +67,7 @@ class Residence:
         self._nvme_peak_bytes = 0
         self._working_bytes = 0
         self.traffic = Traffic()
+        self.promises = Promises()
         if config.nvme_path is not None:
             budget = config.nvme_budget
             self._nvme = nvme(config.nvme_path, None if budget is None else parse_bytes(budget))

@@ -67,6 +67,10 @@ class CheckedSlot(CheckedCopy):
         self.data = torch.empty_like(source)
         super().__init__(source, self.data)
 
+    def wait(self, stream: Any = None) -> None:
+        super().wait(stream)
+        self._source = self._kept  # who wrote it may free it
+
 
 class CheckedTier:
     """An NVMe tier in memory, for one thread or for workers that wait at once."""
