@@ -73,11 +73,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if isinstance(given, Iterable) and not isinstance(given, set):
             entries = [given] if isinstance(given, Tensor) else list(given)
             for position, entry in enumerate(entries):
-                pair = (
-                    entry
-                    if isinstance(entry, tuple)
-                    else (f"parameter {position} of {where}", entry)
-                )
+                nameless = (f"parameter {position} of {where}", entry)
+                pair = entry if isinstance(entry, tuple) else nameless
                 if isinstance(pair[1], Tensor):
                     check_parameter(*pair)
                     route(pair[1].shape, {**self.defaults, **param_group}, self.rule, pair[0])
