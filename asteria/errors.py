@@ -65,4 +65,4 @@ class StoreCorruptError(StoreError):
 
 
 class CheckpointError(AsteriaError, ValueError):
-    """A state that does not belong to these parameters; nothing was loaded."""
+    """A state that does not belong to these parameters, or got lost when it was to be replaced."""
