@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+import asteria
 from asteria import RuntimeConfig
 from tests.integrations.settings import build, network
 from tests.support.arms import over_optimizers
@@ -295,6 +296,51 @@ def test_full_state_dicts(name: str, saving: dict[str, bool], loading: dict[str,
     for run in (whole, resumed):
         run.train(SAVED, STEPS)
     assert_same_bits(resumed.bits(), whole.bits())
+
+
+SLIM: dict[str, tuple[dict[str, bool], dict[str, bool]]] = {
+    "nested": ({}, {}),
+    "flat": ({"flatten_optimizer_state_dict": True}, {"flatten_optimizer_state_dict": True}),
+    "full": FULL[0],
+    "offload": FULL[1],
+    "broadcast": FULL[2],
+}
+
+
+@pytest.mark.parametrize(("saving", "loading"), SLIM.values(), ids=SLIM)
+def test_slim_states_from_memory(saving: dict[str, bool], loading: dict[str, bool]) -> None:
+    """Whatever the loader has itself: where the state has nothing, some put that."""
+    whole, plain = Run("SOAP", **saving), Run("SOAP")
+    whole.train(0, SAVED)
+    plain.optimizer.load_state_dict(asteria.slim(whole.optimizer.state_dict()))
+    plain.model.load_state_dict(whole.model.state_dict())
+    for begun in (0, 3):
+        resumed = Run("SOAP", **loading)
+        resumed.train(0, begun)
+        resumed.load(whole, asteria.slim(copy.deepcopy(whole.state())))
+        resumed.train(SAVED, SAVED + 4)
+        if not begun:
+            plain.train(SAVED, SAVED + 4)
+        assert_same_bits(resumed.bits(), plain.bits())
+
+
+@pytest.mark.parametrize("partly", [False, True], ids=["slim template", "partial load"])
+@over_formats
+def test_slim_states_from_disk(flat: bool, partly: bool, tmp_path: Path) -> None:
+    whole, resumed = (Run("SOAP", flatten_optimizer_state_dict=flat) for _ in range(2))
+    plain = Run("SOAP")
+    whole.train(0, SAVED)
+    dcp.save({"optimizer": asteria.slim(whole.state())}, checkpoint_id=tmp_path)
+    resumed.train(0, 3)
+    template = {"optimizer": resumed.state() if partly else asteria.slim(resumed.state())}
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=partly)
+    dcp.load(template, checkpoint_id=tmp_path, planner=planner)
+    resumed.load(whole, template["optimizer"])
+    plain.optimizer.load_state_dict(asteria.slim(whole.optimizer.state_dict()))
+    plain.model.load_state_dict(whole.model.state_dict())
+    for run in (resumed, plain):
+        run.train(SAVED, SAVED + 4)
+    assert_same_bits(resumed.bits(), plain.bits())
 
 
 class Parts(nn.Module):
