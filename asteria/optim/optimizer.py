@@ -13,11 +13,11 @@ from torch import Tensor
 from asteria.algorithms.algorithm import Algorithm
 from asteria.checkpoint.form import check_form
 from asteria.checkpoint.manifest import KEY, manifest
-from asteria.config.hyperparameters import Hyperparameters, check_group, check_keys
+from asteria.config.hyperparameters import DECIDED, Hyperparameters, check_group, check_keys
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError
 from asteria.optim.checks import check_dtype, check_gradient, check_parameter, given_parameters
-from asteria.optim.description import Description, describe_parameter
+from asteria.optim.description import Description, describe
 from asteria.optim.intact import Intact
 from asteria.optim.loading import Named, loaded_groups, match_state
 from asteria.runtime.chunks import Update
@@ -61,7 +61,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         # The published code knows no stacks of matrices, so the control arm guesses none.
         control = replace(runtime, nonfinite="raise") == RuntimeConfig.reference()
         batch_dims = 0 if control else None
-        ours = {"batch_dims": batch_dims, "young_stride": 1, KEY: manifest(self.rule)}
+        ours = {"batch_dims": batch_dims, **DECIDED, KEY: manifest(self.rule)}
         super().__init__(given, {**defaults, **ours})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -186,12 +186,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def describe(self) -> Description:
         """How every parameter is treated, as a table (``str``) or ``.rows``. Needs no gradient."""
-        records = self._records
-        ways = (
-            (name, p, records[p].route if p in records else route(p.shape, group, self.rule, name))
-            for _, name, p, group in self._named()
-        )
-        return Description(tuple(describe_parameter(*way) for way in ways))
+        return describe(self._named(), self._records, self.rule, self._runtime)
 
     def stats(self) -> Stats:
         """What was done since this optimizer was made; waits for the device."""

@@ -44,6 +44,7 @@ class BackgroundRefresher:
         counters: Counters,
         units: Units,
         verdicts: Verdicts,
+        governor: Governor,
         executor: Executor,
         clock: Callable[[], float],
         trace: Trace | None,
@@ -53,6 +54,7 @@ class BackgroundRefresher:
         self._counters = counters
         self._units = units
         self._verdicts = verdicts
+        self._governor = governor
         self._clock = clock
         self._trace = trace
         self.pipeline: Pipeline[Unit, Refreshed] = Pipeline(
@@ -79,7 +81,7 @@ class BackgroundRefresher:
         for record in gone:
             self._stager.unwatch(record)
 
-    def collect(self, updates: Mapping[ParameterRecord, Update], governor: Governor) -> None:
+    def collect(self, updates: Mapping[ParameterRecord, Update]) -> None:
         """Take in what lands before this update; waits at the bound.
 
         Raises what a worker raised. Nothing has changed then: the failed refresh is gone, and the
@@ -91,14 +93,14 @@ class BackgroundRefresher:
         try:
             for unit in self.pipeline.units():
                 if unit.record in updates:
-                    self._collect(unit, governor)
+                    self._collect(unit)
         finally:
             waited_s = waits.seconds - before_s
-            governor.waited(waited_s, overdue_s=self._overdue_s)
+            self._governor.waited(waited_s, overdue_s=self._overdue_s)
             if self._trace is not None and waited_s:
                 self._trace.span("waits", "wait", _ns(begin_s), _ns(self._clock()))
 
-    def _collect(self, unit: Unit, governor: Governor) -> None:
+    def _collect(self, unit: Unit) -> None:
         before_s, flights = self.pipeline.waits.seconds, self.pipeline.flights(unit)
         try:
             due = self.pipeline.due(unit, unit.record.steps)
@@ -117,7 +119,7 @@ class BackgroundRefresher:
                 self.pipeline.land(unit, flight)
                 raise
             if flight.job.worker:  # else it was loaded, and nobody knows what it has cost
-                governor.pace.worked(unit, flight.job.wall_s)
+                self._governor.pace.worked(unit, flight.job.wall_s)
             self._landings.setdefault(unit, []).append(landing)
 
     def lands_on(self, chunk: Chunk) -> bool:
@@ -182,10 +184,11 @@ class BackgroundRefresher:
         if outcome.pending is None:
             self._units.judge(unit, reasons)
             return
-        pending, counters = outcome.pending, self._counters
+        pending, counters, pace = outcome.pending, self._counters, self._governor.pace
 
         def told() -> None:
             counters.device_s += pending.seconds()
+            pace.worked_aside(unit, pending.method, pending.seconds())
 
         self._verdicts.expect(
             unit, pending.report(), before=before, version=flight.version, told=told

@@ -75,6 +75,7 @@ class DeviceRefresher:
                 usable=[next(flags) if has_basis else None for has_basis in factored],
                 told=told[blocks],
                 share=tile.plan.blocks / stops[-1],
+                method=method,
             )
             fresh = [next(mine) if has_basis else None for has_basis in factored]
             outcome = Refreshed(list(fresh), [], 0.0, pending)
@@ -116,10 +117,11 @@ def _refreshed(pairs: Pairs, *, method: Method, sort: bool) -> list[Tensor]:
     for (factor, basis), target in zip(pairs, fresh, strict=True):
         usable = []
         for part in _parts(factor):
-            current = basis[part].to(factor.dtype)  # which may be stored in less
-            result = refreshed(factor[part], current, method=method, sort=sort)
+            # Bases may be stored in fewer bits.
+            before = basis[part].to(factor.dtype)
+            result = refreshed(factor[part], before, method=method, sort=sort)
             usable.append(result.usable)
-            kept = torch.where(result.usable[:, None, None], result.basis, current)
+            kept = torch.where(result.usable[:, None, None], result.basis, before)
             target[part].copy_(kept)
         flags.append(torch.cat(usable))
     stacked = torch.stack(flags, dim=1)

@@ -13,15 +13,17 @@ from torch import Tensor
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import StoreFullError
 from asteria.linalg.precision import without_autocast
-from asteria.refresh.pool import Executor, WorkerPool
+from asteria.refresh.pool import Executor, WorkerPool, jobs_and_threads
 from asteria.refresh.threads import free_cores
 from asteria.runtime.admission import Extents, admit, check_room, discard
 from asteria.runtime.background import BackgroundRefresher
+from asteria.runtime.choices import shortest_period
 from asteria.runtime.chunks import Update, chunks
 from asteria.runtime.extents import Extent
 from asteria.runtime.foresight import Foresight
 from asteria.runtime.governor import Governor
 from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error, surely_finite
+from asteria.runtime.placer import Placer
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.residence import Residence
 from asteria.runtime.shadows import show_flights
@@ -61,16 +63,27 @@ class Engine:
         self._trace = None if config.trace is None else Trace(config.trace)
         self._units = Units(self._counters, max_failures=config.max_failures)
         self._verdicts = Verdicts(self._counters, self._units)
-        self._background: BackgroundRefresher | None = None
-        jobs = 0
         # Without staleness the step would wait for every result at once.
-        if config.refresh == "async" and config.staleness > 0:
-            executor = executor or WorkerPool(config.workers or free_cores(_training_threads()))
-            self._background = BackgroundRefresher(
-                config, self._counters, self._units, self._verdicts, executor, clock, self._trace
-            )
-            jobs = executor.size
+        beside = config.refresh == "async" and config.staleness > 0
+        workers = config.workers or free_cores(_training_threads())
+        executor = (executor or WorkerPool(workers)) if beside else None
+        jobs = 0 if executor is None else executor.size
         self._governor = Governor(config, self._units, jobs=jobs)
+        self._placer = Placer(
+            config, self._governor.pace, jobs=jobs, threads=jobs_and_threads(workers)[1]
+        )
+        self._background: BackgroundRefresher | None = None
+        if executor is not None:
+            self._background = BackgroundRefresher(
+                config,
+                self._counters,
+                self._units,
+                self._verdicts,
+                self._governor,
+                executor,
+                clock,
+                self._trace,
+            )
         self._residence = residence or Residence(config, refreshes=jobs)
         # With the last reference, not when the garbage collector finds the time: it holds a disk.
         self._tenancy = self._residence.promises.tenancy()
@@ -94,6 +107,7 @@ class Engine:
     ) -> None:
         """Make state for new records, from what was saved of them if anything was."""
         saved = saved or {}
+        self._placer.admit()
         self._residence.promises.keep()
         self._with_room(lambda: admit(records, saved, self._extents, self._residence))
         self._foresight.watch(self._all())
@@ -133,6 +147,11 @@ class Engine:
     def begin_step(self, groups: list[dict[str, Any]]) -> None:
         """A step begins; decide what is left to us in ``groups``, which are changed in place."""
         self._governor.begin_step(groups, self._clock())
+        self._placer.begin_step(groups, self._records, measured=self._governor.has_measured)
+
+    def _records(self) -> dict[Tensor, ParameterRecord]:
+        tiles = (tile for extent in self._all() for tile in extent.tiles)
+        return {tile.record.parameter: tile.record for tile in tiles}
 
     def settle(self) -> None:
         """Wait for the device's word on every step, so that the counters are right.
@@ -197,7 +216,7 @@ class Engine:
         self._units.report()
         self._relieve()
         if self._background is not None:
-            self._background.collect(updates, self._governor)
+            self._background.collect(updates)
         begin, counters = self._clock(), self._counters
         before_s = counters.install_s + counters.refresh_s
         undos = [self._units.begin_step()]
@@ -242,7 +261,7 @@ class Engine:
             counted = [r for r in ended if r.has_moments or moves_at_once(start, r.route.rule)]
             for record in ended:
                 record.begin()
-                record.refresh_steps = updates[record].hyper.precondition_frequency
+                record.refresh_steps = shortest_period(self._config, updates[record].hyper, record)
             _count_updates(counted, 1)
             moved += counted
         self._foresight.end_step(work, stepper.cells)

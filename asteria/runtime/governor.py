@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed
 
 from asteria.config.hyperparameters import Hyperparameters, check_group
+from asteria.config.refresh_plan import KEY, MEASURING
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError
 from asteria.refresh.pacing import (
@@ -67,10 +68,11 @@ class Governor:
         self._measured_steps = self._measured_steps + 1 if parameters == self._parameters else 0
         self._parameters = parameters
         self._price_young_rounds(groups)
-        if "auto" in periods and self._measured_steps >= _DECIDE_AFTER:
+        if "auto" in periods and self.has_measured:
             period = self.affordable_period()
             for group in groups:
-                if period and group["precondition_frequency"] == "auto":
+                free = group["precondition_frequency"] == "auto" and group.get(KEY) != MEASURING
+                if period and free:
                     group["precondition_frequency"] = period
         self._period = max([p for p in periods if p != "auto"], default=1)
 
@@ -85,10 +87,19 @@ class Governor:
                     f"each would decide for itself, and their weights would drift apart; {instead}"
                 )
 
+    @property
+    def has_measured(self) -> bool:
+        """Whether enough steps were seen, since the latest parameter came, to decide by them."""
+        return self._measured_steps >= _DECIDE_AFTER
+
     def affordable_period(self) -> int:
-        """Smallest period that the host can sustain, 0 if not enough is known."""
+        """Smallest period that host or device can sustain, 0 if not enough is known."""
         pace = self.pace
-        if self._jobs:
+        if self._jobs and self._config.refresh_on == "device":
+            seconds, jobs, share = pace.round_aside_s(len(self._units)), 1, STEP_SHARE
+            if not seconds:
+                return 0
+        elif self._jobs:
             if pace.seen_units < min(len(self._units), 1 + len(self._units) // 2):
                 return 0
             seconds, jobs, share = pace.round_s(len(self._units)), self._jobs, HOST_SHARE

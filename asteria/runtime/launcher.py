@@ -10,6 +10,7 @@ from asteria.config.runtime import RuntimeConfig
 from asteria.linalg.method import Method, chosen_method
 from asteria.refresh.pipeline import Flight, Pipeline
 from asteria.refresh.schedule import is_due
+from asteria.runtime.choices import choice_of, method_aside
 from asteria.runtime.chunks import Chunk
 from asteria.runtime.device_refresh import DeviceRefresher
 from asteria.runtime.host_refresh import Refreshed, host_work
@@ -63,7 +64,7 @@ class Launcher:
 
     def _is_due(self, tile: Tile, chunk: Chunk) -> bool:
         unit, step = unit_of(tile), chunk.steps + 1
-        period, latest = chunk.hyper.precondition_frequency, self._latest(unit)
+        period, latest = self._period(tile, chunk), self._latest(unit)
         # However the schedule has changed, no more are in flight than a checkpoint has places for.
         if self._pipeline.flights(unit) and step - latest < period:
             return False
@@ -75,10 +76,14 @@ class Launcher:
 
         The rest is launched when they are released.
         """
-        due = [tile for tile in chunk.tiles if self._is_due(tile, chunk)]
-        aside = [tile for tile in due if self._is_aside(tile)]
-        if aside:
-            self._launch_aside(chunk, aside, lands=self._landing(chunk, prompt=prompt))
+        aside: dict[Method, list[Tile]] = {}
+        for tile in chunk.tiles:
+            method = self._method_aside(tile, chunk)
+            if method is not None and self._is_due(tile, chunk):
+                aside.setdefault(method, []).append(tile)
+        for method, tiles in aside.items():
+            lands = self._landing(chunk, prompt=prompt)
+            self._launch_aside(chunk, tiles, method=method, lands=lands)
         if self._stager.link(chunk.extent.device).travels:
             self.launch_due(chunk, prompt=prompt)
 
@@ -95,12 +100,19 @@ class Launcher:
         """Steps of the units after which what is launched now is installed."""
         return chunk.steps + 1 + (0 if prompt else self._config.staleness)
 
-    def _is_aside(self, tile: Tile) -> bool:
-        """Whether the tile is refreshed on its device; eigensolvers would make the host wait."""
-        return self._config.refresh_on == "device" and self._method(tile) != "eigh"
+    def _method_aside(self, tile: Tile, chunk: Chunk) -> Method | None:
+        """By which the tile is refreshed on its device; None where a worker does it."""
+        turn = (chunk.steps + 1) // self._period(tile, chunk)
+        method = self._method(tile)
+        return method_aside(self._config, chunk.hyper, tile, method=method, turn=turn)
 
-    def _launch_aside(self, chunk: Chunk, tiles: list[Tile], *, lands: int) -> None:
-        step, method = chunk.steps + 1, self._method(tiles[0])
+    def _period(self, tile: Tile, chunk: Chunk) -> int:
+        choice = choice_of(self._config, chunk.hyper, chunk.extent.device, tile.plan.shape.dims)
+        asked = chunk.hyper.precondition_frequency
+        return asked if choice is None or choice.period is None else min(asked, choice.period)
+
+    def _launch_aside(self, chunk: Chunk, tiles: list[Tile], *, method: Method, lands: int) -> None:
+        step = chunk.steps + 1
         copied = [tile for tile in tiles if self._may_be_replaced(tile, chunk)]
         try:
             flights = self._devices.launch(
@@ -138,7 +150,7 @@ class Launcher:
 
     def _may_be_replaced(self, tile: Tile, chunk: Chunk) -> bool:
         """Whether an earlier refresh may be installed before the next one begins."""
-        period = chunk.hyper.precondition_frequency
+        period = self._period(tile, chunk)
         return self._config.staleness >= period or bool(self._pipeline.flights(unit_of(tile)))
 
     def utilization(self) -> float:

@@ -44,10 +44,8 @@ class Updater:
 
     def begin_(self, chunk: Chunk, lives: Sequence[Life], gate: Tensor | None) -> None:
         """First statistics, from the first gradient."""
-        state, gate = (
-            self._state(chunk, lives),
-            gate_on(gate, chunk.extent.device, chunk.extent.dtype),
-        )
+        state = self._state(chunk, lives)
+        gate = gate_on(gate, chunk.extent.device, chunk.extent.dtype)
         for number, (part, rows) in enumerate(parts_of(chunk)):
             own = state_of(state, rows, chunk.shape)
             gradient = gather(part, self._scratch, gate)
@@ -139,3 +137,7 @@ def moves(start: str, chunk: Chunk) -> bool:
 def moves_at_once(start: str, rule: Algorithm) -> bool:
     """Whether the first gradient already advances the moments."""
     return start == "adam" or (start == "fresh" and not rule.has_bases)
+
+
+def _near(gate: Tensor | None, chunk: Chunk) -> Tensor | None:
+    return gate_on(gate, chunk.extent.device, chunk.extent.dtype)
