@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from asteria.config.runtime import RuntimeConfig
+from asteria.linalg.precision import without_autocast
 from asteria.refresh.pool import Executor, WorkerPool
 from asteria.refresh.threads import free_cores
 from asteria.runtime.admission import Extents, admit, check_room, discard
@@ -27,6 +28,7 @@ from asteria.runtime.stepper import Stepper
 from asteria.runtime.summary import summarize
 from asteria.runtime.units import Units
 from asteria.runtime.updater import moves_at_once
+from asteria.runtime.verdicts import Verdicts
 from asteria.telemetry.counters import Counters, Stats
 from asteria.telemetry.trace import Trace
 
@@ -56,13 +58,14 @@ class Engine:
         self._counters = Counters()
         self._trace = None if config.trace is None else Trace(config.trace)
         self._units = Units(self._counters, max_failures=config.max_failures)
+        self._verdicts = Verdicts(self._counters, self._units)
         self._background: BackgroundRefresher | None = None
         jobs = 0
         # Without staleness the step would wait for every result at once.
         if config.refresh == "async" and config.staleness > 0:
             executor = executor or WorkerPool(config.workers or free_cores(_training_threads()))
             self._background = BackgroundRefresher(
-                config, self._counters, self._units, executor, clock, self._trace
+                config, self._counters, self._units, self._verdicts, executor, clock, self._trace
             )
             jobs = executor.size
         self._governor = Governor(config, self._units, jobs=jobs)
@@ -74,6 +77,7 @@ class Engine:
             config,
             self._counters,
             self._units,
+            self._verdicts,
             self._background,
             self._governor,
             clock,
@@ -104,6 +108,7 @@ class Engine:
         if self._background is not None:
             self._background.forget(records)
         self._governor.forget(records)
+        self._verdicts.forget(records)
         self._units.discard(records)
         discard(records, self._extents, self._residence)
         self._foresight.forget(records)
@@ -134,7 +139,6 @@ class Engine:
         return summarize(
             self._counters,
             self._units,
-            self._stepper,
             self._background,
             self._governor,
             self._residence,
@@ -164,6 +168,7 @@ class Engine:
         return not bad, None
 
     def _collect_verdicts(self, *, wait: bool) -> None:
+        self._verdicts.collect(wait=wait)
         self._count_skips(self._guard.collect(wait=wait))
 
     def _count_skips(self, steps: list[list[str]]) -> None:
@@ -188,7 +193,7 @@ class Engine:
         before_s = counters.install_s + counters.refresh_s
         undos = [self._units.begin_step()]
         if self._background is not None:
-            undos.append(self._background.begin_step())
+            undos.append(self._background.launcher.begin_step())
         moved: list[ParameterRecord] = []
         if gate is not None:
 
@@ -198,7 +203,8 @@ class Engine:
                     undo_part()
 
             self._guard.on_refusal(undo)
-        self._take(updates, gate, moved)
+        with without_autocast(record.device for record in updates):
+            self._take(updates, gate, moved)
         end = self._clock()
         counters.update_s += end - begin - (counters.install_s + counters.refresh_s - before_s)
         if self._trace is not None:

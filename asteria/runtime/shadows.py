@@ -96,7 +96,9 @@ def _pack(
         plan = route.tiles[tile]
         suffix, first, _ = route.place_of(plan)
         for place, flight in enumerate(mine):
-            for mode, basis in enumerate(flight.job.outcome().bases):
+            outcome = flight.job.outcome()
+            outcome.join()
+            for mode, basis in enumerate(outcome.bases):
                 if basis is not None and name == f"basis_{mode}{suffix}":
                     packed[place, first : first + plan.blocks].copy_(in_memory(basis))
     return packed

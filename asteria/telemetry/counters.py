@@ -87,6 +87,7 @@ class Counters:
     refresh_s: float = 0.0
     install_s: float = 0.0
     worker_s: float = 0.0
+    device_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +128,8 @@ class Stats:
     """Seconds of step() spent on making new bases live."""
     worker_s: float
     """Seconds that worker threads spent on refreshes that were installed."""
+    device_s: float
+    """Seconds that devices spent, beside the training, on refreshes that were installed."""
     host_utilization: float
     """The same as a share of the workers' time since the first launch."""
     sustainable_period: int
