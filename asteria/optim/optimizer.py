@@ -165,7 +165,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if gone:
             for record in gone:  # as long as it can be read
                 if isinstance(entries := self.state.get(record.parameter), Entries):
-                    self.state[record.parameter] = entries.copy()
+                    self.state[record.parameter] = entries.promised()
             self._engine.discard(gone)
             for record in gone:
                 del self._records[record.parameter]
@@ -204,6 +204,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State and groups in torch's format: flat tensors keyed by parameter, and plain values.
 
+        What lies on a lower tier is read when somebody looks at the tensor, and is what it is now;
+        the other tensors are the state itself, as in torch.
         Waits for the device and for refreshes in flight, which are part of it. Raises
         NonFiniteGradientError if the device has refused a step.
         """
@@ -211,7 +213,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._forget_replaced_state()
 
         with ExitStack() as hooks:
-            hooks.callback(self.register_state_dict_post_hook(_read_all, prepend=True).remove)
+            hooks.callback(self.register_state_dict_post_hook(_promise_all, prepend=True).remove)
             return super().state_dict()
 
     def close(self) -> None:
@@ -259,7 +261,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """What pickling and copying keep: the state, and how the work is done."""
         self._engine.settle()
         self._forget_replaced_state()
-        state = {p: {**entries} for p, entries in self.state.items()}
+        state = {p: _promised(entries) for p, entries in self.state.items()}
         return {**super().__getstate__(), "state": state, "_runtime": self._runtime}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -287,5 +289,9 @@ def _as_dict(given: object) -> dict[str, Any]:
     return given if isinstance(given, dict) else dict(check_form(given))
 
 
-def _read_all(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
-    packed["state"] = {key: {**entries} for key, entries in packed["state"].items()}
+def _promise_all(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+    packed["state"] = {key: _promised(entries) for key, entries in packed["state"].items()}
+
+
+def _promised(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    return entries.promised() if isinstance(entries, Entries) else {**entries}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from asteria.config.runtime import RuntimeConfig
+from asteria.errors import StoreFullError
 from asteria.linalg.precision import without_autocast
 from asteria.refresh.pool import Executor, WorkerPool
 from asteria.refresh.threads import free_cores
@@ -23,6 +24,7 @@ from asteria.runtime.governor import Governor
 from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error, surely_finite
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.residence import Residence
+from asteria.runtime.shadows import show_flights
 from asteria.runtime.show import show
 from asteria.runtime.stepper import Stepper
 from asteria.runtime.summary import summarize
@@ -71,7 +73,8 @@ class Engine:
         self._governor = Governor(config, self._units, jobs=jobs)
         self._residence = residence or Residence(config, refreshes=jobs)
         # With the last reference, not when the garbage collector finds the time: it holds a disk.
-        weakref.finalize(self, self._residence.close).atexit = False
+        self._tenancy = self._residence.promises.tenancy()
+        weakref.finalize(self._tenancy, self._residence.abandon).atexit = False
         self._foresight = Foresight()
         self._stepper = Stepper(
             config,
@@ -91,13 +94,17 @@ class Engine:
     ) -> None:
         """Make state for new records, from what was saved of them if anything was."""
         saved = saved or {}
-        admit(records, saved, self._extents, self._residence)
+        self._residence.promises.keep()
+        self._with_room(lambda: admit(records, saved, self._extents, self._residence))
         self._foresight.watch(self._all())
         self._units.admit({tile.record for extent in self._all() for tile in extent.tiles})
         if self._background is not None:
             self._background.admit(records)
             for record, values in saved.items():
                 self._background.restore(record, values)
+        else:
+            for record in records:
+                show_flights(record, None, staleness_steps=0)
 
     def check_room(self, records: list[ParameterRecord]) -> None:
         """Raise StoreFullError unless there is room for the state of ``records``, if alone."""
@@ -105,6 +112,7 @@ class Engine:
 
     def discard(self, records: list[ParameterRecord]) -> None:
         """Drop the state of records."""
+        self._residence.promises.keep()
         if self._background is not None:
             self._background.forget(records)
         self._governor.forget(records)
@@ -185,6 +193,7 @@ class Engine:
         next call completes the step for the others.
         """
         start = self._clock()
+        self._residence.promises.keep()
         self._units.report()
         self._relieve()
         if self._background is not None:
@@ -204,7 +213,7 @@ class Engine:
 
             self._guard.on_refusal(undo)
         with without_autocast(record.device for record in updates):
-            self._take(updates, gate, moved)
+            self._with_room(lambda: self._take(updates, gate, moved))
         end = self._clock()
         counters.update_s += end - begin - (counters.install_s + counters.refresh_s - before_s)
         if self._trace is not None:
@@ -240,6 +249,15 @@ class Engine:
     def _all(self) -> list[Extent]:
         return [extent for cut in self._extents.values() for extent in cut]
 
+    def _with_room(self, work: Callable[[], None]) -> None:
+        """Do ``work``, a second time if state dicts that somebody has took the room for it."""
+        try:
+            work()
+        except StoreFullError:
+            if not self._residence.promises.give_way():
+                raise
+            work()
+
     def _relieve(self) -> None:
         """Move state to a lower tier where memory is short."""
         extents = self._all()
@@ -248,7 +266,7 @@ class Engine:
             moved = self._residence.relieve(extents)
         finally:
             if moved:
-                show(extents)
+                show(extents, self._residence.promises)
                 self._foresight.watch(extents)
 
 
