@@ -20,6 +20,7 @@ from asteria.optim.checks import check_dtype, check_gradient, check_parameter, g
 from asteria.optim.description import Description, describe
 from asteria.optim.intact import Intact
 from asteria.optim.loading import Named, loaded_groups, match_state
+from asteria.optim.members import members
 from asteria.runtime.chunks import Update
 from asteria.runtime.engine import Engine
 from asteria.runtime.entries import Entries
@@ -179,7 +180,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def _admit(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:
         """Make state for new records, of the saved values where there are any."""
-        self._engine.admit(list(saved), {r: values for r, values in saved.items() if values})
+        self._engine.admit(list(saved), saved, lambda: members(self._named(), self.rule))
         for record in saved:
             self._records[record.parameter] = record
             self.state[record.parameter] = record.entries
@@ -236,7 +237,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             groups = loaded_groups(loaded, self.param_groups, self.defaults)
             named, make = self._named(), self._make_record
             records.update(match_state(loaded, groups, self.rule, self.defaults, named, make))
-            self._engine.check_room(list(records))
+            self._engine.check_room(list(records), lambda: members(self._named(), self.rule))
             return {**loaded, "state": {}, "param_groups": groups}
 
         def put_state(_: torch.optim.Optimizer) -> None:

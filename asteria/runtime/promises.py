@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from asteria.errors import StoreFullError
 from asteria.store.distant import Distant, Source, Values
 from asteria.store.layout import Layout
 from asteria.store.sources import FieldSource, SlotReads
@@ -75,6 +76,15 @@ class Promises:
             values.hold()
         self._reads.forget()
         return bool(found)
+
+    def with_room(self, work: Callable[[], None]) -> None:
+        """Do ``work``, a second time if state dicts that somebody has took the room for it."""
+        try:
+            work()
+        except StoreFullError:
+            if not self.give_way():
+                raise
+            work()
 
     def _tell(self, values: Values) -> None:
         with self._lock:
