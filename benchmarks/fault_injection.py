@@ -1,6 +1,6 @@
 """Faults of refreshes, done from outside to the worker that computes one.
 
-`Injector.installed` replaces four functions that a refresh goes through. The replacements ask which
+`Injector.installed` replaces five functions that a refresh goes through. The replacements ask which
 job the calling thread does and whether that job is to suffer, else they do what they stand for, so
 refreshes inside the step are left alone. `FaultyPool` draws the faults when jobs are submitted.
 """
@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from asteria.linalg import eigenbasis
+from asteria.linalg import eigenbasis, ldlr
 from asteria.refresh.job import Job
 from asteria.refresh.pool import Executor
 from asteria.runtime import host_refresh
@@ -109,6 +109,7 @@ class Injector:
             for owner, name, stand_in in (
                 (host_refresh, "verified_refresh", self._verified_refresh),
                 (eigenbasis, "_orthonormalized", self._orthonormalized),
+                (ldlr, "orthonormalized", self._orthonormalized),
                 (torch.linalg, "eigh", self._eigh),
             ):
                 bound = functools.partial(stand_in, getattr(owner, name))
@@ -148,15 +149,15 @@ class Injector:
     def _numerics(self) -> Fault | None:
         return getattr(self._of_thread, "numerics", None)
 
-    def _orthonormalized(self, real: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor:
+    def _orthonormalized(self, real: Callable[..., Tensor], *given: Tensor) -> Tensor:
         """The factorization of a refresh: raises, or returns what is no basis."""
         fault = self._numerics()
         if fault is None:
-            return real(columns)
-        single = columns.dtype == torch.float32
+            return real(*given)
+        single = given[0].dtype == torch.float32
         if fault.kind == LAPACK_ALWAYS or (fault.kind == LAPACK_FLOAT32 and single):
-            raise torch.linalg.LinAlgError("injected: geqrf failed")
-        basis = real(columns)
+            raise torch.linalg.LinAlgError("injected: a factorization failed")
+        basis = real(*given)
         if fault.kind == BAD_RESULT and single:
             # A basis that is finite but misses a direction, or one with nan.
             basis[..., 0] = 0.0 if fault.size < 0.5 else float("nan")

@@ -51,7 +51,9 @@ def build(side: int, matrices: int, **runtime: Any) -> asteria.SOAP:
 
 def child(args: argparse.Namespace) -> None:
     """Train under the budget; tells its parent when to look."""
-    optimizer = build(args.side, args.matrices, host_budget=args.budget, nvme_path=args.path)
+    # Without first bases, which take minutes at this size; refreshes run as they always do.
+    runtime = {"start": "adam", "host_budget": args.budget, "nvme_path": args.path}
+    optimizer = build(args.side, args.matrices, **runtime)
     # What libraries take when they are first used is not the optimizer's.
     sample = torch.randn(args.side, args.side)
     torch.linalg.eigh(sample @ sample.mT)
@@ -91,13 +93,13 @@ def memory_table(args: argparse.Namespace) -> dict[str, Any]:
         peak = resident_bytes(process.pid, "VmHWM") - before
         now = resident_bytes(process.pid, "VmRSS") - before
         process.stdin.write("end\n")
-    runtime = asteria.RuntimeConfig(host_budget=args.budget, nvme_path=args.path)
+    runtime = asteria.RuntimeConfig(start="adam", host_budget=args.budget, nvme_path=args.path)
     plan = asteria.plan([(args.side, args.side)] * args.matrices, runtime=runtime)
     budget = parse_bytes(args.budget)
     at = plan.memory.bytes_at or {}
     predicted = {
         "device": at.get("device", 0) + plan.memory.window_bytes,
-        "nvme": at.get("nvme", 0),
+        "nvme": at.get("nvme", 0) + plan.memory.waiting_bytes,
     }
     found = {tier: facts["tiers"][tier] for tier in predicted}
     errors = {tier: found[tier] / max(1, predicted[tier]) - 1 for tier in predicted}
@@ -227,7 +229,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--side", type=int, default=1024, help="of the square matrices")
     add("--matrices", type=int, default=160, help="a quarter of them for the speed")
     add("--budget", default="512MB", help="of host memory")
-    add("--steps", type=int, default=5, help="for the memory; no refresh is in flight after five")
+    add("--steps", type=int, default=15, help="for the memory; refreshes come every tenth")
     add("--mib", type=int, default=8, help="blocks of the bare disk, about what the state has")
     add("--depth", type=int, default=4, help="blocks in flight on the bare disk")
     add("--rounds", type=int, default=7, help="counted turns of the speed")

@@ -32,6 +32,8 @@ __all__ = ["exact_bmm", "without_autocast"]
 
 _DROPPED_BITS = 13
 """Of a float32's 24, by TF32."""
+_EXACT = ("ieee", "none", "highest")
+"""Settings that allow no rounding."""
 
 
 def exact_bmm(first: Tensor, second: Tensor) -> Tensor:
@@ -60,14 +62,19 @@ def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _may_round(device: torch.device) -> bool:
     """Whether torch may round the inputs of float32 products on ``device``."""
-    backend: Any = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+    if device.type == "cpu":
+        setting = _setting(torch.backends.mkldnn)
+        return setting not in _EXACT and _host_rounds(setting)
+    # Intel's accelerators go by the host's setting.
+    others = [] if device.type == "cuda" else [torch.backends.mkldnn]
+    return any(_setting(backend) not in _EXACT for backend in (torch.backends.cuda, *others))
+
+
+def _setting(backend: Any) -> str:
+    """What a backend's products may do with float32."""
     # Since torch 2.9 there are settings by backend, and the old one fails where both were used.
-    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
-    if setting is None:
-        setting = torch.get_float32_matmul_precision()
-    if setting in ("ieee", "none", "highest"):
-        return False
-    return device.type != "cpu" or _host_rounds(setting)
+    found: str | None = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    return torch.get_float32_matmul_precision() if found is None else found
 
 
 @functools.cache

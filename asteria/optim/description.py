@@ -10,6 +10,7 @@ from torch import Tensor
 from asteria.algorithms.algorithm import Algorithm
 from asteria.config.runtime import RuntimeConfig
 from asteria.optim.loading import Named
+from asteria.planner.table import aligned, readable_bytes
 from asteria.runtime.choices import refresh_texts
 from asteria.runtime.records import ParameterRecord, Route, state_dtype
 from asteria.runtime.routing import route
@@ -67,16 +68,12 @@ class Description:
     def __str__(self) -> str:
         head = ["parameter", "shape", "dtype", "rule", "blocks", "factors", "state"]
         table = [head, *map(_cells, self.rows)]
-        table.append(["total", "", "", "", "", "", _readable(self.state_bytes)])
+        table.append(["total", "", "", "", "", "", readable_bytes(self.state_bytes)])
         if any(row.refreshes for row in self.rows):
             refreshes = [" + ".join(row.refreshes) or "-" for row in self.rows]
             for line, cell in zip(table, ["refreshes", *refreshes, ""], strict=True):
                 line.append(cell)
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in table
-        )
+        return aligned(table)
 
 
 def describe(
@@ -105,18 +102,9 @@ def _cells(row: ParameterDescription) -> list[str]:
         row.rule,
         blocks or "-",
         factors or "-",
-        _readable(row.state_bytes),
+        readable_bytes(row.state_bytes),
     ]
 
 
 def _dims(dims: tuple[int, ...]) -> str:
     return "x".join(map(str, dims))
-
-
-def _readable(size: int) -> str:
-    value, unit = float(size), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -12,6 +12,7 @@ from asteria.planner.memory import (
     Memory,
     Traffic,
     budgets,
+    housed,
     largest_bytes,
     least_needed,
     placed,
@@ -82,6 +83,7 @@ def suggestions(
     if memory.bytes_at is None:
         yield from _more_room(question, groups, memory)
         yield from _smaller_state(question, ways, memory)
+        yield from _narrow_bases(question, refreshes)
     elif (limit := memory.limits["device"]) is not None and memory.least_bytes > limit:
         budget = "host_budget" if question.machine.shares_memory else "device_budget"
         yield f"raise {budget} to at least {_exactly(memory.least_bytes)}"
@@ -131,6 +133,22 @@ def _smaller_state(question: Question, ways: Routed, memory: Memory) -> Iterator
     best = fitting[0] if fitting else min(cuts, key=lambda cut: cut.state_bytes)
     still = "" if fitting else f", still more than the {readable_bytes(room)} there are"
     yield f"{best.options}: the state then takes {readable_bytes(best.state_bytes)}{still}"
+
+
+def _narrow_bases(question: Question, refreshes: Refreshes) -> Iterator[str]:
+    """Eigenbases in bfloat16, if the state has room then."""
+    if question.config.state_dtype == torch.bfloat16:
+        return
+    rule = question.rule.storing(torch.bfloat16)
+    device = torch.device("cpu" if question.machine.shares_memory else "cuda")
+    census = planned_extents(routed(question.weights, question.group, rule), device)
+    jobs, _ = refreshes_beside(question.config, question.machine)
+    groups = placed(census, refreshes.period, question.config)
+    limits = budgets(question.config, question.machine, working_bytes(census, refreshes=jobs))
+    memory, placement = housed(census, groups, limits, refreshes=jobs)
+    if placement is not None:
+        taken = readable_bytes(memory.state_bytes)
+        yield f"RuntimeConfig(state_dtype=torch.bfloat16): the state then takes {taken}"
 
 
 def _shorter_steps(question: Question, ways: Routed, limit: int) -> Iterator[str]:

@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from asteria.config.runtime import RuntimeConfig, parse_bytes
+from asteria.config.runtime import RuntimeConfig
 from asteria.errors import StoreFullError
 from asteria.planner.extents import Census
 from asteria.planner.machine import Machine
+from asteria.runtime import claims
 from asteria.runtime.claims import items, working_bytes
 from asteria.runtime.extents import ExtentKey, layouts
 from asteria.store.cell import Home
 from asteria.store.layout import Life
-from asteria.store.residency import Budgets, Item, Placement, place, rewritten_bytes
+from asteria.store.residency import WINDOWS, Budgets, Item, Placement, place, rewritten_bytes
 
 __all__ = [
     "CLASSES",
@@ -55,7 +56,9 @@ class Memory:
     window_bytes: int
     """What flows through a step takes so much of the first tier; 0 if all is at home there."""
     in_flight_bytes: int
-    """Snapshots and results of refreshes, on average."""
+    """Snapshots and results of refreshes in the first tier, on average."""
+    waiting_bytes: int
+    """Results of refreshes that wait on NVMe until they are installed, on average."""
     least_bytes: int
     """Of the first tier: what a step needs even if all state is elsewhere."""
 
@@ -105,24 +108,14 @@ def placed(census: Census, period: int, config: RuntimeConfig) -> list[list[Item
 
 def budgets(config: RuntimeConfig, machine: Machine, working: int) -> Budgets:
     """What there is for the state on each tier, by the same rules as at run time."""
-    asked = {
-        name: None if value is None else parse_bytes(value)
-        for name, value in (
-            ("device", config.device_budget),
-            ("host", config.host_budget),
-            ("nvme", config.nvme_budget),
-        )
-    }
-    nvme: int | None = 0
-    if config.nvme_path is not None:
-        nvme = asked["nvme"] if asked["nvme"] is not None else machine.nvme_bytes
-    host = asked["host"]
-    if machine.shares_memory:
-        limit = machine.host_bytes if host is None else host + (asked["device"] or 0)
-        # Temporary memory is taken from what was asked for, not from what is merely free.
-        return Budgets(limit, 0, nvme, working_bytes=working if config.nvme_path else 0)
-    device = machine.device_bytes if asked["device"] is None else asked["device"]
-    return Budgets(device, machine.host_bytes if host is None else host, nvme)
+    return claims.budgets(
+        config,
+        device_bytes=machine.device_bytes,
+        host_bytes=machine.host_bytes,
+        nvme_bytes=machine.nvme_bytes,
+        shares_memory=machine.shares_memory,
+        working=working,
+    )
 
 
 def housed(
@@ -135,7 +128,7 @@ def housed(
         placement = None
     by_class: Counter[str] = Counter(dict.fromkeys(CLASSES.values(), 0))
     at: dict[str, Counter[str]] = {tier: Counter(by_class) for tier in TIERS.values()}
-    in_flight = 0.0
+    in_flight = waiting = 0.0
     names: dict[ExtentKey, list[str]] = {}
     for number, ((key, _), group) in enumerate(zip(census, groups, strict=True)):
         if key not in names:
@@ -145,6 +138,8 @@ def housed(
             home = Home.DEVICE if placement is None else placement.homes[number][index]
             at[TIERS[home]][name] += item.nbytes
             in_flight += item.beside_bytes if home is Home.DEVICE else 0.0
+            if name == CLASSES[Life.BASIS] and home is Home.NVME and not limits.pinned_bytes:
+                waiting += item.beside_bytes
     working = working_bytes(census, refreshes=refreshes)
     memory = Memory(
         state_bytes=sum(by_class.values()),
@@ -166,6 +161,7 @@ def housed(
         working_bytes=working,
         window_bytes=0 if placement is None else placement.window_bytes,
         in_flight_bytes=round(in_flight),
+        waiting_bytes=round(waiting),
         least_bytes=largest_bytes(groups) + limits.working_bytes,
     )
     return memory, placement
@@ -241,16 +237,9 @@ def least_needed(groups: list[list[Item]], limits: Budgets, tier: Home) -> int |
         found = place(groups, without)
     except StoreFullError:
         return None
-    if tier is Home.PINNED:
-        return found.bytes_at[tier]
-    return found.bytes_at[tier] + rewritten_bytes(groups) + _noted_bytes(groups, found)
-
-
-def _noted_bytes(groups: list[list[Item]], placement: Placement) -> int:
-    """What is kept on the disk beside cells that live there."""
-    return sum(
-        item.noted_bytes
-        for group, homes in zip(groups, placement.homes, strict=True)
-        for item, home in zip(group, homes, strict=True)
-        if home is Home.NVME
-    )
+    passing = 0
+    if tier is Home.NVME:
+        passing = rewritten_bytes(groups)
+    elif limits.nvme_bytes != 0:
+        passing = WINDOWS * largest_bytes(groups)
+    return found.taken_bytes_at[tier] + passing

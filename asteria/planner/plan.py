@@ -104,10 +104,14 @@ def _memory(plan: Plan) -> str:
     beside = [
         (f"a step's temporary memory, {within} the room", memory.working_bytes),
         ("refreshes in flight", memory.in_flight_bytes),
+        ("refreshes that wait on NVMe", memory.waiting_bytes),
         ("what flows through a step", memory.window_bytes),
         ("AdamW's moments would take", plan.adamw_bytes),
     ]
-    lines = aligned([(name, readable_bytes(size)) for name, size in beside], right=(1,))
+    lines = aligned(
+        [(name, readable_bytes(size)) for name, size in beside if size or "NVMe" not in name],
+        right=(1,),
+    )
     return aligned(rows, right=(1, 2, 3, 4)) + "\n\n" + lines
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from asteria.config.runtime import RuntimeConfig
+from asteria.config.runtime import RuntimeConfig, parse_bytes
 from asteria.runtime.extents import ExtentKey, layouts
 from asteria.runtime.rows import rows_at_a_time
 from asteria.store.layout import Life
-from asteria.store.residency import Item
+from asteria.store.residency import Budgets, Item
 
-__all__ = ["items", "ledger_steps", "working_bytes"]
+__all__ = ["budgets", "items", "ledger_steps", "working_bytes"]
 
 _MOST_STEPS = 5
 _GAIN = 0.5
@@ -22,22 +22,54 @@ _REFRESH_COPIES = 8
 """Matrices of a factor's size that a refresh has at a time; a first one works in float64."""
 
 
-def items(key: ExtentKey, blocks: int, period: int, config: RuntimeConfig) -> list[Item]:
+def budgets(
+    config: RuntimeConfig,
+    *,
+    device_bytes: int | None,
+    host_bytes: int | None,
+    nvme_bytes: int | None,
+    shares_memory: bool,
+    working: int,
+) -> Budgets:
+    """What there is for the state on each tier: what was asked for, else what is free.
+
+    ``device_bytes``, ``host_bytes`` and ``nvme_bytes`` are free, less a reserve; None is no limit.
+    Where device and host share memory, ``device_bytes`` is not looked at.
+    """
+    device, host, nvme = map(_bytes, (config.device_budget, config.host_budget, config.nvme_budget))
+    disk = config.nvme_path is not None
+    last = (nvme_bytes if nvme is None else nvme) if disk else 0
+    if shares_memory:
+        limit = host_bytes if host is None else host + (device or 0)
+        # Temporary memory is taken from what was asked for, not from what is merely free.
+        return Budgets(limit, 0, last, working_bytes=working if disk else 0)
+    return Budgets(
+        device_bytes if device is None else device, host_bytes if host is None else host, last
+    )
+
+
+def _bytes(budget: int | str | None) -> int | None:
+    return None if budget is None else parse_bytes(budget)
+
+
+def items(
+    key: ExtentKey, blocks: int, period: int, config: RuntimeConfig, kept: int | None = None
+) -> list[Item]:
     """One item for each cell of an extent of so many blocks, in the order of `layouts`.
 
-    ``period`` in steps between refreshes.
+    ``period`` in steps between refreshes; ``kept`` as in `layouts`.
     """
     flying = config.refresh == "async" and config.staleness > 0
     share = (config.staleness + 1) / period if flying else 0.0
     found = []
-    for life, layout in layouts(key.rule, key.shape, blocks, key.dtype).items():
+    for life, layout in layouts(key.rule, key.shape, blocks, key.dtype, kept).items():
         read = written = float(layout.nbytes)
         if life is Life.BASIS:
             written /= period
         beside = 0.0 if life is Life.STEP else share * layout.nbytes
         noted = 0
         if life is Life.SUM and (steps := ledger_steps(key, period)):
-            step = _contributed_bytes(key) * blocks
+            step = _contributed_bytes(key) * layout.blocks
             read = written = step + layout.nbytes / steps
             noted = (steps - 1) * step
         found.append(Item(layout.nbytes, read, written, beside_bytes=beside, noted_bytes=noted))
@@ -75,12 +107,19 @@ def _contributed_bytes(key: ExtentKey) -> int:
 def working_bytes(extents: Iterable[tuple[ExtentKey, int]], *, refreshes: int) -> int:
     """Temporary memory of a step, and of so many refreshes at a time beside it.
 
-    ``extents`` are (key, blocks).
+    ``extents`` are (key, blocks). A refresh whose factors are on NVMe reads the cells they are in.
     """
     known: Sequence[tuple[ExtentKey, int]] = list(extents)
+    read = max((_refreshed_bytes(*extent) for extent in set(known)), default=0)
     step = max((n * (3 * _chunk_bytes(k) + _widened_bytes(k)) for k, n in known), default=0)
     factor = max(
         (k.dtype.itemsize * size**2 for k, _ in known for size in k.shape.factor_sizes()),
         default=0,
     )
-    return step + _REFRESH_COPIES * factor * max(1, refreshes) + _OVERHEAD_BYTES
+    return step + (_REFRESH_COPIES * factor + read) * max(1, refreshes) + _OVERHEAD_BYTES
+
+
+def _refreshed_bytes(key: ExtentKey, blocks: int) -> int:
+    """Of the factors and bases of an extent."""
+    held = layouts(key.rule, key.shape, blocks, key.dtype)
+    return sum(layout.nbytes for life, layout in held.items() if life is not Life.STEP)

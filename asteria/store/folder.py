@@ -107,7 +107,11 @@ def _empty(folder: Path) -> None:
                 else:
                     entry.unlink(missing_ok=True)
         (folder / _LOCK).unlink(missing_ok=True)
-        folder.rmdir()
+        try:
+            folder.rmdir()
+        except OSError:
+            # A late write: with its lock there, the next one who comes removes it.
+            os.close(_open_lock(folder, os.O_CREAT))
 
 
 def _remove(folder: Path, lock: int, pid: int) -> None:

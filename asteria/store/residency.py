@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Item:
     written_bytes: float
     """What it brings home."""
     beside_bytes: float = 0.0
-    """What refreshes in flight take in host memory while the cell is in memory."""
+    """What refreshes in flight take where the cell is: old values in use, new ones that wait."""
     noted_bytes: int = 0
     """What is kept beside the cell, at the most, while it is elsewhere."""
 
@@ -59,6 +60,8 @@ class Placement:
     """For each item of each group."""
     bytes_at: tuple[int, int, int]
     """Bytes at home on each tier."""
+    taken_bytes_at: tuple[int, int, int]
+    """The same and what is kept beside."""
     window_bytes: int
     """What a step takes of the device's memory for what lives elsewhere."""
     moved_bytes: float
@@ -104,7 +107,9 @@ def place(groups: Sequence[Sequence[Item]], budgets: Budgets) -> Placement:
             at[home] += item.nbytes
     away = at[Home.PINNED] + at[Home.NVME] > 0
     bytes_at = (at[0], at[1], at[2])
-    return Placement(tuple(map(tuple, homes)), bytes_at, window if away else 0, moved)
+    taken_at = (math.ceil(taken[0]), math.ceil(taken[1]), math.ceil(taken[2]))
+    window = window if away else 0
+    return Placement(tuple(map(tuple, homes)), bytes_at, taken_at, window, moved)
 
 
 def rewritten_bytes(groups: Sequence[Sequence[Item]]) -> int:
@@ -122,7 +127,7 @@ def _fits(item: Item, home: Home, limit: int | None, taken: float) -> bool:
 
 
 def _extra(item: Item, home: Home) -> float:
-    return item.beside_bytes if home is Home.DEVICE else item.noted_bytes
+    return item.beside_bytes + (item.noted_bytes if home is not Home.DEVICE else 0)
 
 
 def _no_room(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from asteria.linalg.method import Method
 from asteria.linalg.verified import verified_refresh
 from asteria.refresh.job import Job
 from asteria.runtime import host_refresh
@@ -54,26 +55,29 @@ class ByHand:
 
 
 # One fault of one job.
-def refresh_of(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Job[Any]]:
+def refresh_of(method: Method = "qr") -> tuple[torch.Tensor, Job[Any]]:
     """A basis in use, and a job that refreshes it as workers do."""
     generator = torch.Generator().manual_seed(0)
-    root = torch.randn(1, 6, 6, generator=generator, dtype=dtype)
+    root = torch.randn(1, 6, 6, generator=generator)
     basis = torch.linalg.qr(root).Q
     factor = root @ root.mT
 
     def work() -> Any:
-        return host_refresh.verified_refresh(factor, basis, method="qr", sort=True)
+        return host_refresh.verified_refresh(factor, basis, method=method, sort=True)
 
     return basis, Job(work, name="a refresh", urgency=(0,))
 
 
-def suffering(kind: str, size: float = 0.0) -> tuple[torch.Tensor, Job[Any], Injector]:
-    basis, job = refresh_of()
+def suffering(
+    kind: str, size: float = 0.0, method: Method = "qr"
+) -> tuple[torch.Tensor, Job[Any], Injector]:
+    basis, job = refresh_of(method)
     injector = Injector({}, seed=0)
     job.run = injector.faulty(job, Fault(kind, 0, size))  # type: ignore[method-assign]
     return basis, job, injector
 
 
+@pytest.mark.parametrize("method", ["qr", "ldlr"])
 @pytest.mark.parametrize("size", [0.1, 0.9])
 @pytest.mark.parametrize(
     ("kind", "kept", "retried"),
@@ -86,12 +90,12 @@ def suffering(kind: str, size: float = 0.0) -> tuple[torch.Tensor, Job[Any], Inj
     ],
 )
 def test_a_fault_of_numerics_is_what_its_name_says(
-    kind: str, size: float, kept: dict[int, str], retried: int
+    kind: str, size: float, kept: dict[int, str], retried: int, method: Method
 ) -> None:
-    basis, job, injector = suffering(kind, size)
+    basis, job, injector = suffering(kind, size, method)
     with injector.installed():
         job.run()
-        again = refresh_of()[1]
+        again = refresh_of(method)[1]
         again.run()
     outcome = job.outcome()
     assert dict(outcome.failures.kept) == kept

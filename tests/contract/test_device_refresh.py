@@ -70,6 +70,16 @@ def test_methods_and_dtypes_are_those_of_the_host(name: str) -> None:
     assert_same_bits(*map(everything, narrow))
 
 
+@over_optimizers
+def test_bases_in_bfloat16_are_those_of_the_host(name: str) -> None:
+    narrow: dict[str, Any] = {"state_dtype": torch.bfloat16}
+    device = on_device(name, DeferredSide(), ALIKE, **narrow)
+    host = on_host(name, ALIKE, **narrow)
+    for each in (device, host):
+        train(each, range(24))
+    assert_same_bits(everything(device), everything(host))
+
+
 @pytest.mark.parametrize("start", ["eigh", "adam"])
 @over_optimizers
 def test_whatever_the_beginning(name: str, start: Any) -> None:

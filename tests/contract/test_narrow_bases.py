@@ -27,6 +27,7 @@ RUNTIMES = {
     "async": RuntimeConfig(**NARROW),
     "sync": RuntimeConfig(refresh="sync", **NARROW),
     "ldlr": RuntimeConfig(refresh="sync", refresh_method="ldlr", **NARROW),
+    "device": RuntimeConfig(refresh_on="device", refresh_method="ldlr", **NARROW),
 }
 over_runtimes = pytest.mark.parametrize("runtime", RUNTIMES)
 
@@ -90,7 +91,7 @@ def test_moments_are_turned_into_the_basis_that_is_stored(
         rotate_(self, state, fresh, **options)
 
     monkeypatch.setattr(rule, "rotate_", listening)
-    for runtime in ("sync", "async"):
+    for runtime in ("sync", "async", "device"):
         given.clear()
         trained(name, RUNTIMES[runtime])
         assert len(given) > 10

@@ -150,6 +150,21 @@ def test_settings_of_single_backends_are_noticed(setting: str, rounding: None) -
     assert products.float32 == []
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_an_accelerator_goes_by_its_own_setting(kind: str) -> None:
+    device = torch.device(kind)
+    assert not precision._may_round(device)
+    with allowed("high"):
+        assert precision._may_round(device)
+    assert not precision._may_round(device)
+
+
+def test_the_setting_of_older_versions_of_torch_is_asked_where_there_is_no_other() -> None:
+    assert precision._setting(object()) == "highest"
+    with allowed("medium"):
+        assert precision._setting(object()) == "medium"
+
+
 def tf32(x: Tensor) -> Tensor:
     """What tensor cores make of a float32."""
     return x.view(torch.int32).bitwise_and(-(1 << 13)).view(torch.float32)

@@ -59,6 +59,9 @@ def test_what_has_no_room_goes_to_disk_and_is_moved_every_step() -> None:
     assert at["device"] + plan.memory.in_flight_bytes <= room
     by_class = plan.memory.bytes_at_by_class
     assert by_class is not None
+    share = (2 + 1) / 10
+    assert plan.memory.waiting_bytes == pytest.approx(share * by_class["nvme"]["bases"], abs=2)
+    assert "refreshes that wait on NVMe" in str(plan)
     refreshed = (by_class["nvme"]["bases"] + by_class["nvme"]["factors"]) / 10
     assert moved.disk_read_bytes == pytest.approx(at["nvme"] + refreshed, abs=2)
     assert moved.moved_bytes == pytest.approx(at["nvme"] + moved.disk_write_bytes, abs=2)
@@ -144,6 +147,19 @@ def test_smaller_blocks_that_are_suggested_do() -> None:
     assert smaller.fits
 
 
+def test_bases_in_bfloat16_are_suggested_where_they_do() -> None:
+    hint = "state_dtype=torch.bfloat16"
+    least = planned(Machine(), state_dtype=torch.bfloat16).memory.state_bytes
+    narrow = {"state_dtype": torch.bfloat16, "refresh": "sync"}
+    for budget, helps in ((least + 1, True), (least - 1, False)):
+        plan = planned(Machine(), host_budget=budget, refresh="sync")
+        assert not plan.fits
+        assert any(hint in text for text in plan.suggestions) == helps
+        there = planned(Machine(), host_budget=budget, **narrow)
+        assert there.fits == helps
+        assert not any(hint in text for text in there.suggestions)
+
+
 def test_a_budget_below_what_a_step_needs_is_told() -> None:
     shapes = [("head", (50000, 768)), ("embed", (50000, 768))]
     runtime = RuntimeConfig(host_budget="256MiB", nvme_path="/scratch")
@@ -188,7 +204,12 @@ def test_budgets_are_those_of_a_run(
     where = torch.device("cpu")
     real.door(where)
     machine = Machine(device_bytes=None if shared else 7000, host_bytes=8000)
-    assert budgets(config, machine, real._working_bytes) == real._budgets(where)
+    found, planned_for = real._budgets(where), budgets(config, machine, real._working_bytes)
+    if shared and not host and not nvme:
+        # A run goes on beyond what is free, into swap; a plan says that it does not fit.
+        assert (planned_for.device_bytes, found.device_bytes) == (8000, None)
+    else:
+        assert planned_for == found
 
 
 def test_a_plan_for_programs_has_plain_values_only() -> None:

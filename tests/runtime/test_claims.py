@@ -77,9 +77,11 @@ def test_contributed_tensors_are_counted_as_they_come(rule: type) -> None:
 def test_temporary_memory_grows_with_the_largest_of_all() -> None:
     nothing = working_bytes([], refreshes=1)
     small = working_bytes([(key(SQUARE), 1)], refreshes=1) - nothing
-    assert small == 3 * 64 * 64 * 4 + 8 * 64 * 64 * 4
+    held = (2 * 64 * 64 + 2 * 64 * 64) * 4
+    assert small == 3 * 64 * 64 * 4 + 8 * 64 * 64 * 4 + held
     both = working_bytes([(key(SQUARE), 1), (key(WIDE), 2)], refreshes=1) - nothing
-    assert both == 3 * 2 * 512 * 64 * 4 + 8 * 512 * 512 * 4
+    largest = 2 * 2 * (512 * 512 + 64 * 64) * 4
+    assert both == 3 * 2 * 512 * 64 * 4 + 8 * 512 * 512 * 4 + largest
     several = working_bytes([(key(SQUARE), 1)], refreshes=3) - nothing
-    assert several == 3 * 64 * 64 * 4 + 3 * 8 * 64 * 64 * 4
+    assert several == 3 * 64 * 64 * 4 + 3 * (8 * 64 * 64 * 4 + held)
     assert working_bytes([(key(SQUARE), 1)], refreshes=0) == small + nothing

@@ -103,3 +103,12 @@ def test_a_tier_that_does_not_exist_takes_nothing() -> None:
         place([[item(1)]], Budgets(0, 0, 0))
     assert place([[item(0)]], Budgets(0, 0, 0)).homes == ((D,),)
     assert place([], Budgets(0)).homes == ()
+
+
+def test_what_refreshes_hold_counts_on_the_disk_too() -> None:
+    groups = [[item(10, beside=5.0)] for _ in range(4)]
+    rewritten = 4 * 10
+    found = place(groups, Budgets(0, 0, 60 + rewritten))
+    assert (found.bytes_at, found.taken_bytes_at) == ((0, 0, 40), (0, 0, 60))
+    with pytest.raises(StoreFullError):
+        place(groups, Budgets(0, 0, 59 + rewritten))

@@ -162,3 +162,22 @@ def test_a_fork_leaves_its_parents_folder_alone(tmp_path: Path) -> None:
     assert (read(tier, slot) == noise(100)).all()
     tier.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_late_write_does_not_leave_a_folder_that_nobody_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, late = RunFolder(tmp_path, "rank0"), [True]
+    rmdir = Path.rmdir
+
+    def write_late(path: Path) -> None:
+        if late.pop():
+            (path / "late").touch()
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", write_late)
+    folder.remove()
+    assert (folder.path / "late").exists()
+    monkeypatch.undo()
+    RunFolder(tmp_path, "rank0").remove()
+    assert not list(tmp_path.iterdir())

@@ -67,6 +67,10 @@ class CheckedSlot(CheckedCopy):
         self.data = torch.empty_like(source)
         super().__init__(source, self.data)
 
+    def wait(self, stream: Any = None) -> None:
+        super().wait(stream)
+        self._source = self._kept  # who wrote it may free it
+
 
 class CheckedTier:
     """An NVMe tier in memory, for one thread or for workers that wait at once."""
@@ -235,7 +239,7 @@ class Arrangement(NamedTuple):
 
 FEW_BYTES = 7 * 1024
 """Room for what flows through a step, and for some cells of the small models of tests."""
-WORKING_BYTES = 64 * 1024**2 + 5 * 1024
+WORKING_BYTES = 64 * 1024**2 + 6 * 1024
 """Of host memory, beside the state of such a model."""
 
 ARRANGEMENTS = {
