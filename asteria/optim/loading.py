@@ -21,6 +21,7 @@ from asteria.errors import CheckpointError
 from asteria.optim.checks import group_problems
 from asteria.runtime.admission import check_saved
 from asteria.runtime.records import ParameterRecord
+from asteria.runtime.sharded_state import stepped_state
 
 __all__ = ["Named", "loaded_groups", "match_state"]
 
@@ -72,7 +73,8 @@ def match_state(
         if state.get(key) and options_fit:
             record = make_record(index, name, parameter, group)
             try:
-                matched[record] = adopted_state(origin, state[key], record.route, record.shape)
+                entries = stepped_state(record, state[key])
+                matched[record] = adopted_state(origin, entries, record.route, record.shape)
             except CheckpointError as error:
                 problems.append(f"{name}: {error}")
     problems += [f"state of a parameter {key!r} that no group has" for key in nobodys]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from asteria.config.runtime import RuntimeConfig
+from asteria.errors import CoherenceError
 from asteria.refresh.pool import Executor, WorkerPool
 from asteria.refresh.threads import free_cores
 from asteria.runtime.admission import Extents, admit, check_room, discard
@@ -22,6 +23,7 @@ from asteria.runtime.governor import Governor
 from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error, surely_finite
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.residence import Residence
+from asteria.runtime.sharded import ShardedParameters
 from asteria.runtime.show import show
 from asteria.runtime.stepper import Stepper
 from asteria.runtime.summary import summarize
@@ -56,6 +58,7 @@ class Engine:
         self._counters = Counters()
         self._trace = None if config.trace is None else Trace(config.trace)
         self._units = Units(self._counters, max_failures=config.max_failures)
+        self._sharded = ShardedParameters(config.start)
         self._background: BackgroundRefresher | None = None
         jobs = 0
         # Without staleness the step would wait for every result at once.
@@ -86,18 +89,21 @@ class Engine:
         saved: Mapping[ParameterRecord, Mapping[str, Tensor]] | None = None,
     ) -> None:
         """Make state for new records, from what was saved of them if anything was."""
-        saved = saved or {}
+        records, saved = self._sharded.admit(records, saved or {}, self.discard)
         admit(records, saved, self._extents, self._residence)
         self._foresight.watch(self._all())
-        self._units.admit({tile.record for extent in self._all() for tile in extent.tiles})
+        here = {tile.record for extent in self._all() for tile in extent.tiles}
+        self._units.admit(here | self._sharded.elsewhere)
         if self._background is not None:
-            self._background.admit(records)
+            self._background.admit([record for record in records if record.is_here])
             for record, values in saved.items():
-                self._background.restore(record, values)
+                if record.is_here:
+                    self._background.restore(record, values)
+        self._sharded.show(records, asynchronous=self._background is not None)
 
     def check_room(self, records: list[ParameterRecord]) -> None:
         """Raise StoreFullError unless there is room for the state of ``records``, if alone."""
-        check_room(records, self._residence)
+        check_room([record for record in records if record.is_here], self._residence)
 
     def discard(self, records: list[ParameterRecord]) -> None:
         """Drop the state of records."""
@@ -108,6 +114,7 @@ class Engine:
         discard(records, self._extents, self._residence)
         self._foresight.forget(records)
         self._stepper.forget(records)
+        self._sharded.forget(records)
         self._ended.difference_update(records)
 
     def close(self) -> None:
@@ -163,6 +170,22 @@ class Engine:
             self._count_skips([bad])
         return not bad, None
 
+    def accepts_together(
+        self, records: list[ParameterRecord], *, parameters: int, ready: bool
+    ) -> tuple[bool, Tensor | None]:
+        """The same where some of ``records`` are sharded: all ranks come to the same decision.
+
+        ``parameters``: how many the optimizer has. Raises CoherenceError, too.
+        """
+        self._counters.steps += 1
+        # What has arrived is different on every rank; what is two steps old is not.
+        self._count_skips(self._guard.collect(wait=True, but=1))
+        guard = self._guard if ready else None
+        bad, gate = self._sharded.judge(records, guard, parameters=parameters)
+        if bad:
+            self._count_skips([bad])
+        return not bad, gate
+
     def _collect_verdicts(self, *, wait: bool) -> None:
         self._count_skips(self._guard.collect(wait=wait))
 
@@ -177,8 +200,23 @@ class Engine:
 
         Raises RefreshError, or what a worker raised, before anything is changed. A StoreError comes
         in the middle: every parameter is then as before the step or as after it, and the
-        next call completes the step for the others.
+        next call completes the step for the others. CoherenceError, if another rank has failed,
+        comes at its end, and the next call completes it, too.
         """
+        wholes = self._sharded.wholes
+        wholes.begin(updates)
+        try:
+            self._step(updates, gate)
+        except Exception:
+            wholes.fail(updates)
+            raise
+        try:
+            wholes.finish(updates, gate)
+        except CoherenceError:
+            self._ended.update(updates)
+            raise
+
+    def _step(self, updates: Mapping[ParameterRecord, Update], gate: Tensor | None) -> None:
         start = self._clock()
         self._units.report()
         self._relieve()
@@ -198,6 +236,7 @@ class Engine:
                     undo_part()
 
             self._guard.on_refusal(undo)
+        self._sharded.wholes.arrive()
         self._take(updates, gate, moved)
         end = self._clock()
         counters.update_s += end - begin - (counters.install_s + counters.refresh_s - before_s)
@@ -218,6 +257,7 @@ class Engine:
         self._foresight.begin_step(work, stepper.cells)
         try:
             stepper.step(work, updates, gate, ended)
+            ended += [record for record in left if not record.is_here]
             self._ended.clear()
         except BaseException:
             self._ended.update(ended)  # which the next call leaves out

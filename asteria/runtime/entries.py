@@ -31,6 +31,11 @@ class Entries(dict[str, Tensor]):
         """Whether the tensor of ``key`` is read when it is asked for."""
         return key in self._away
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether there is nothing but what is read when it is asked for."""
+        return not dict.__len__(self)
+
     def __getitem__(self, key: str) -> Tensor:
         read = self._away.get(key)
         return dict.__getitem__(self, key) if read is None else read()

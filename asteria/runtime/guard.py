@@ -89,9 +89,19 @@ class DeviceGuard:
     def __init__(self) -> None:
         self._verdicts: list[_Verdict] = []
 
-    def gate(self, gradients: Sequence[Tensor], names: list[str]) -> Tensor:
-        """A float32 scalar on the gradients' device: 1 if all are finite, else 0. Never waits."""
+    def gate(
+        self,
+        gradients: Sequence[Tensor],
+        names: list[str],
+        agree_: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """A float32 scalar on the gradients' device: 1 if all are finite, else 0. Never waits.
+
+        ``agree_`` makes the flags of all ranks out of this one's, in place.
+        """
         names, flags = finite_flags(names, gradients)
+        if agree_ is not None:
+            agree_(flags)
         arrived: torch.Event | None = None
         host = flags
         if flags.device.type != "cpu":
@@ -106,13 +116,13 @@ class DeviceGuard:
         """What the host has to take back, once it learns that the latest gate was closed."""
         self._verdicts[-1].undo = undo
 
-    def collect(self, *, wait: bool = False) -> list[list[str]]:
+    def collect(self, *, wait: bool = False, but: int = 0) -> list[list[str]]:
         """Names of each gated-off step whose verdict has arrived; every step is told once.
 
-        With ``wait``, all verdicts are waited for.
+        With ``wait``, all verdicts are waited for, ``but`` the latest ones are left alone.
         """
         bad_steps = []
-        while self._verdicts:
+        while len(self._verdicts) > but:
             names = self._verdicts[0].bad_names(wait=wait)
             if names is None:
                 break

@@ -1,0 +1,184 @@
+"""The state of sharded parameters as state dicts have it, and back.
+
+Exact: every tensor but the counters is a DTensor on the parameter's mesh: moments share its
+placements, all others are cut by rows. So keys and shapes are those of the unsharded parameter, and
+whatever torch can do with sharded tensors (save, load at another world size, gather) it can do with
+them. The owner's state is sent out for it when somebody reads it, which all ranks do together.
+
+Local: a shard's moments are its part of a DTensor like the parameter. What has the sizes of a shard
+cannot be cut anew; it is a plain tensor whose key names the shard: ``factor_0@1of4``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from asteria.distributed.sharded_exchange import Parcel
+from asteria.distributed.sharded_group import group_of
+from asteria.distributed.sharded_layout import is_sharded
+from asteria.runtime.entries import Entries
+from asteria.runtime.records import ParameterRecord, state_dtype
+from asteria.runtime.shadows import shadow_shapes
+from asteria.runtime.sharding import Sharding
+
+__all__ = ["saved_whole", "show_shards", "stepped_state"]
+
+_COUNTERS = ("step", "born")
+"""What every rank knows by itself."""
+_TABLES = ("version", "lands")
+"""How the keys of small tensors end that every rank shows as they are."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOST_DIMS = 8
+
+
+def show_shards(record: ParameterRecord, *, asynchronous: bool) -> None:
+    """Let ``record.facade`` show the state of a sharded parameter, whoever has it.
+
+    ``asynchronous``: refreshes may be in flight.
+    """
+    keys = list(record.route.entry_shapes(record.shape))
+    if asynchronous:
+        keys += shadow_shapes(record.route, 1)
+    record.facade = Entries()
+    for key in keys:
+        if _sharding(record).exact:
+            record.facade.put_away(key, _whole_reader(record, key))
+        else:
+            record.facade.put_away(_local_key(record, key), _local_reader(record, key))
+
+
+def _sharding(record: ParameterRecord) -> Sharding:
+    if record.sharding is None:
+        raise RuntimeError(f"{record.name} is not sharded")
+    return record.sharding
+
+
+def _whole_reader(record: ParameterRecord, key: str) -> Callable[[], Tensor]:
+    whose = weakref.ref(record)
+
+    def read() -> Tensor:
+        record = whose()
+        if record is None:
+            raise RuntimeError(f"{key} was asked for, and its optimizer is gone")
+        return _spread(record, key)
+
+    return read
+
+
+def _spread(record: ParameterRecord, key: str) -> Tensor:
+    """One tensor of the owner's state to all ranks, which call this together."""
+    if key in _COUNTERS:
+        return record.entries[key]
+    sharding = _sharding(record)
+    layout, owner = sharding.layout, sharding.owner
+    group = group_of(layout.ranks)
+    whole = record.entries[key] if sharding.is_here else None
+    # How many refreshes can be in flight is the owner's to know.
+    known = record.route.entry_shapes(record.shape).get(key, () if whole is None else whole.shape)
+    shape = tuple(group.tell(known, owner, most=_MOST_DIMS))
+    together = not shape or key.endswith(_TABLES)
+    everything = tuple(slice(0, size) for size in shape)
+    boxes = (everything,) * len(layout.ranks) if together else layout.boxes_of(shape)
+    dtype = torch.float32 if key.endswith(_TABLES) else state_dtype(record.parameter)
+    kind = dtype, record.device
+    parcels = [
+        Parcel(
+            owner,
+            target,
+            tuple(s.stop - s.start for s in boxes[target]),
+            kind,
+            None if whole is None else whole[boxes[target]].to(record.device),
+        )
+        for target in (range(len(layout.ranks)) if sharding.is_here else [layout.here])
+    ]
+    transit = group.exchange.send([kind], parcels, f"reading {key} of {record.name}")
+    (part,) = transit.wait().values()
+    return part if together else layout.show(part, shape)
+
+
+def saved_whole(record: ParameterRecord, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A saved state of an exact parameter as its owner needs it; other ranks keep the counters.
+
+    All ranks call this together.
+    """
+    sharding = _sharding(record)
+    layout, owner = sharding.layout, sharding.owner
+    found: dict[str, Tensor] = {}
+    parcels: list[Parcel] = []
+    senders: list[tuple[str, int]] = []
+    kinds = []
+    for key, value in saved.items():
+        if not is_sharded(value):
+            if sharding.is_here or key in _COUNTERS or key == "version":
+                found[key] = value
+            continue
+        part, boxes = layout.part_of(value).to(record.device), layout.boxes_of(value.shape)
+        kinds.append((part.dtype, part.device))
+        if sharding.is_here:
+            found[key] = torch.empty(value.shape, dtype=part.dtype, device=part.device)
+        for source in range(len(layout.ranks)) if sharding.is_here else [layout.here]:
+            if layout.replicas[source] == layout.replicas[owner]:
+                size = tuple(s.stop - s.start for s in boxes[source])
+                own = part if source == layout.here else None
+                parcels.append(Parcel(source, owner, size, kinds[-1], own))
+                senders.append((key, source))
+    exchange = group_of(layout.ranks).exchange
+    transit = exchange.send(kinds, parcels, f"loading the state of {record.name}")
+    for place, part in transit.wait().items():
+        key, source = senders[place]
+        found[key][layout.boxes_of(found[key].shape)[source]] = part
+    return found
+
+
+def _is_moment(record: ParameterRecord, key: str) -> bool:
+    shape = record.route.entry_shapes(record.shape).get(key)
+    return key in _MOMENTS and record.route.keeps_layout and shape == tuple(record.shape)
+
+
+def _local_key(record: ParameterRecord, key: str) -> str:
+    """Under which a shard's own tensor is shown."""
+    if key == "step" or _is_moment(record, key):
+        return key
+    layout = _sharding(record).layout
+    return f"{key}@{layout.part}of{layout.parts}"
+
+
+def _local_reader(record: ParameterRecord, key: str) -> Callable[[], Tensor]:
+    whose = weakref.ref(record)
+
+    def read() -> Tensor:
+        record = whose()
+        if record is None:
+            raise RuntimeError(f"{key} was asked for, and its optimizer is gone")
+        value = record.entries[key]
+        layout = _sharding(record).layout
+        return layout.show(value, layout.shape) if _is_moment(record, key) else value
+
+    return read
+
+
+def stepped_state(record: ParameterRecord, shown: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A state as `show_shards` shows it, or a slim one, under the keys of what is stepped.
+
+    Local moments lose their mesh; tensors of other shards are left out, and eigenvalues that a slim
+    state has lost are zero, which the next gradient tells anew.
+    """
+    if record.sharding is None or record.sharding.exact:
+        return shown
+    layout = record.sharding.layout
+    tag = f"@{layout.part}of{layout.parts}"
+    found: dict[str, Tensor] = {}
+    for key, value in shown.items():
+        if "@" not in key:
+            found[key] = layout.part_of(value) if is_sharded(value) else value
+        elif key.endswith(tag):
+            found[key.removesuffix(tag)] = value
+    if found and not any("@" in key for key in shown):
+        for key, shape in record.route.slim_shapes(record.shape).items():
+            if key not in found and not _is_moment(record, key):
+                found[key] = torch.zeros(shape, dtype=state_dtype(record.parameter))
+    return found
