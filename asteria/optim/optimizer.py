@@ -79,15 +79,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if isinstance(given, Iterable) and not isinstance(given, set):
             entries = [given] if isinstance(given, Tensor) else list(given)
             for position, entry in enumerate(entries):
-                pair = (
-                    entry
-                    if isinstance(entry, tuple)
-                    else (f"parameter {position} of {where}", entry)
-                )
-                if isinstance(pair[1], Tensor):
-                    check_parameter(*pair)
+                named = isinstance(entry, tuple)
+                name, p = entry if named else (f"parameter {position} of {where}", entry)
+                if isinstance(p, Tensor):
+                    check_parameter(name, p)
                     options = {**self.defaults, **param_group}
-                    way_of(pair[0], pair[1], options, self.rule, self._runtime.shards)
+                    way_of(name, p, options, self.rule, self._runtime.shards)
             param_group["params"] = entries
         param_group[KEY] = manifest(self.rule)
         super().add_param_group(param_group)  # which refuses what is no leaf tensor

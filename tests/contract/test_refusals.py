@@ -215,7 +215,6 @@ NOT_BUILT_YET: dict[str, Any] = {
     "refresh_method": "ldlr",
     "refresh_on": "device",
     "state_dtype": torch.bfloat16,
-    "shards": "local",
 }
 
 
