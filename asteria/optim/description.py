@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from asteria.runtime.records import Route, state_dtype
+from asteria.runtime.sharding import Sharding
 
 __all__ = ["Description", "ParameterDescription", "describe_parameter"]
 
@@ -26,9 +27,17 @@ class ParameterDescription:
     """For each block shape the sizes of its Kronecker factors."""
     state_bytes: int
     """Of all state tensors, step counter aside."""
+    shards: str = ""
+    """Of a sharded parameter: how it is stepped, ``"exact"`` or ``"local"``. Blocks, factors and
+    bytes are then those of the whole, or of this rank's shard.
+    """
+    owner: int | None = None
+    """Rank that has the state and steps the whole, if exact; known from the first step on."""
 
 
-def describe_parameter(name: str, parameter: Tensor, way: Route) -> ParameterDescription:
+def describe_parameter(
+    name: str, parameter: Tensor, way: Route, sharding: Sharding | None
+) -> ParameterDescription:
     """The row of a parameter that goes this way."""
     shapes = [(shape, blocks) for _, shape, blocks in way.extents() if shape.dims]
     return ParameterDescription(
@@ -39,6 +48,8 @@ def describe_parameter(name: str, parameter: Tensor, way: Route) -> ParameterDes
         blocks=tuple((blocks, shape.dims) for shape, blocks in shapes),
         factors=tuple(shape.factor_sizes() for shape, _ in shapes),
         state_bytes=way.state_bytes(state_dtype(parameter)),
+        shards="" if sharding is None else "exact" if sharding.exact else "local",
+        owner=None if sharding is None else sharding.owning_rank,
     )
 
 
@@ -54,9 +65,13 @@ class Description:
         return sum(row.state_bytes for row in self.rows)
 
     def __str__(self) -> str:
+        head: tuple[str, ...]
         head = ("parameter", "shape", "dtype", "rule", "blocks", "factors", "state")
         table = [head, *map(_cells, self.rows)]
         table.append(("total", "", "", "", "", "", _readable(self.state_bytes)))
+        if any(row.shards for row in self.rows):
+            cells = [("shards", "owner"), *map(_shard_cells, self.rows), ("", "")]
+            table = [(*line, *more) for line, more in zip(table, cells, strict=True)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -76,6 +91,10 @@ def _cells(row: ParameterDescription) -> tuple[str, ...]:
         factors or "-",
         _readable(row.state_bytes),
     )
+
+
+def _shard_cells(row: ParameterDescription) -> tuple[str, str]:
+    return row.shards or "-", "-" if row.owner is None else f"rank {row.owner}"
 
 
 def _dims(dims: tuple[int, ...]) -> str:

@@ -24,7 +24,7 @@ from asteria.runtime.chunks import Update
 from asteria.runtime.engine import Engine
 from asteria.runtime.entries import Entries
 from asteria.runtime.records import ParameterRecord
-from asteria.runtime.routing import check_route, route, routing_options
+from asteria.runtime.routing import check_route, routing_options
 from asteria.runtime.sharded_state import stepped_state
 from asteria.telemetry.counters import Stats
 
@@ -192,12 +192,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def describe(self) -> Description:
         """How every parameter is treated, as a table (``str``) or ``.rows``. Needs no gradient."""
-        records = self._records
-        ways = (
-            (name, p, records[p].route if p in records else route(p.shape, group, self.rule, name))
-            for _, name, p, group in self._named()
-        )
-        return Description(tuple(describe_parameter(*way) for way in ways))
+        rows = []
+        for _, name, p, group in self._named():
+            known = self._records.get(p)
+            way = known and (known.route, known.sharding)
+            way = way or way_of(name, p, group, self.rule, self._runtime.shards)
+            rows.append(describe_parameter(name, p, *way))
+        return Description(tuple(rows))
 
     def stats(self) -> Stats:
         """What was done since this optimizer was made; waits for the device."""

@@ -38,6 +38,11 @@ class Sharding:
         """Whether this rank has the state."""
         return not self.exact or self.owner == self.layout.here
 
+    @property
+    def owning_rank(self) -> int | None:
+        """The owner, in the default group; None if there is none."""
+        return self.layout.ranks[self.owner] if self.exact and self.owner >= 0 else None
+
     def take_gradient(self, gradient: Any) -> Tensor:
         """This rank's part of a gradient; together with the others if it is not shared alike."""
         if tuple(gradient.placements) != self.layout.placements:
