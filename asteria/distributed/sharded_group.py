@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,12 +49,13 @@ class ShardGroup:
         self.exchange = Exchange(self._data, size=len(self.ranks), here=self._here)
 
     def agree_on_gradients(
-        self, present: Collection[int], bad: Collection[int], parameters: int
+        self, present: Mapping[int, str], bad: Collection[int], parameters: int
     ) -> list[int]:
         """Numbers of the parameters whose gradient is bad on any rank, ascending.
 
-        All numbers are below ``parameters``, and ``present`` has those with a gradient. Raises
-        CoherenceError if these are not the same on all ranks, for they step them together.
+        All numbers are below ``parameters``, and ``present`` has those with a gradient, and what
+        they are called. Raises CoherenceError if these are not the same on all ranks, for they step
+        them together.
         """
         table = torch.zeros((3, parameters), dtype=torch.uint8, device="cpu")
         table[0, list(present)] = 1
@@ -64,11 +65,11 @@ class ShardGroup:
             dist.all_reduce(table, dist.ReduceOp.MAX, group=self._host)
         torn = (table[0] & table[1]).nonzero().flatten().tolist()
         if torn:
+            names = [present.get(number, f"parameter {number}") for number in torn[:5]]
             raise CoherenceError(
-                f"parameters number {', '.join(map(str, torn[:5]))} have a gradient on some ranks "
-                f"and none on others, of ranks {_shown(self.ranks)}: sharded parameters are "
-                "stepped by all ranks together. Let every rank's loss reach the same parameters; "
-                "nothing was changed"
+                f"{', '.join(names)}: has a gradient on some of the ranks {_shown(self.ranks)} and "
+                "none on others, but sharded parameters are stepped by all ranks together. Let "
+                "every rank's loss reach the same parameters; nothing was changed"
             )
         return [int(number) for number in table[2].nonzero().flatten()]
 

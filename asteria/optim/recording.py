@@ -12,6 +12,7 @@ from asteria.config.hyperparameters import Hyperparameters
 from asteria.optim.checks import check_dtype
 from asteria.runtime.records import ParameterRecord, Route
 from asteria.runtime.routing import route, routing_options
+from asteria.runtime.sharded_state import alike
 from asteria.runtime.sharding import Sharding, sharding_of, stepped_shape
 
 __all__ = ["make_record", "way_of"]
@@ -25,6 +26,9 @@ def way_of(
     ``shards`` is what its group follows if it does not say. Raises ConfigError.
     """
     sharding = sharding_of(name, parameter, group, shards)
+    if sharding is not None and not sharding.exact:
+        shapes = sharding.shard_shapes
+        sharding.alike = alike({shape: route(shape, group, rule, name) for shape in shapes})
     return route(stepped_shape(parameter, sharding), group, rule, name), sharding
 
 

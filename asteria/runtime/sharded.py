@@ -96,9 +96,9 @@ class ShardedParameters:
         if not (on_host and surely_finite(gradients)):
             numbers, flags = finite_flags([str(record.index) for record in records], gradients)
             bad = [int(n) for n, ok in zip(numbers, flags.tolist(), strict=True) if not ok]
-        bad = council.agree_on_gradients([record.index for record in records], bad, parameters)
-        by_number = {record.index: record.name for record in records}
-        return [by_number[number] for number in bad], None
+        present = {record.index: record.name for record in records}
+        bad = council.agree_on_gradients(present, bad, parameters)
+        return [present[number] for number in bad], None
 
 
 def _place(record: ParameterRecord) -> object:

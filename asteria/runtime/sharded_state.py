@@ -21,7 +21,7 @@ from asteria.distributed.sharded_exchange import Parcel
 from asteria.distributed.sharded_group import group_of
 from asteria.distributed.sharded_layout import is_sharded
 from asteria.runtime.entries import Entries
-from asteria.runtime.records import ParameterRecord, state_dtype
+from asteria.runtime.records import ParameterRecord, Route, state_dtype
 from asteria.runtime.shadows import shadow_shapes
 from asteria.runtime.sharding import Sharding
 
@@ -31,7 +31,6 @@ _COUNTERS = ("step", "born")
 """What every rank knows by itself."""
 _TABLES = ("version", "lands")
 """How the keys of small tensors end that every rank shows as they are."""
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _MOST_DIMS = 8
 
 
@@ -134,16 +133,27 @@ def saved_whole(record: ParameterRecord, saved: Mapping[str, Tensor]) -> dict[st
     return found
 
 
-def _is_moment(record: ParameterRecord, key: str) -> bool:
-    shape = record.route.entry_shapes(record.shape).get(key)
-    return key in _MOMENTS and record.route.keeps_layout and shape == tuple(record.shape)
+def alike(routes: Mapping[torch.Size, Route]) -> frozenset[str]:
+    """Names of what means the same under all of these routes, by shard shape.
+
+    The moments that look like the shard, and the number of their updates: the first gradient does
+    not update them under every rule.
+    """
+    moments = [
+        key
+        for key in ("exp_avg", "exp_avg_sq")
+        if all(way.entry_shapes(shape).get(key) == shape for shape, way in routes.items())
+    ]
+    rules = {way.rule.name for way in routes.values()}
+    return frozenset(moments if len(rules) > 1 else [*moments, "step"])
 
 
 def _local_key(record: ParameterRecord, key: str) -> str:
     """Under which a shard's own tensor is shown."""
-    if key == "step" or _is_moment(record, key):
+    sharding = _sharding(record)
+    if key in sharding.alike:
         return key
-    layout = _sharding(record).layout
+    layout = sharding.layout
     return f"{key}@{layout.part}of{layout.parts}"
 
 
@@ -154,9 +164,10 @@ def _local_reader(record: ParameterRecord, key: str) -> Callable[[], Tensor]:
         record = whose()
         if record is None:
             raise RuntimeError(f"{key} was asked for, and its optimizer is gone")
-        value = record.entries[key]
-        layout = _sharding(record).layout
-        return layout.show(value, layout.shape) if _is_moment(record, key) else value
+        value, sharding = record.entries[key], _sharding(record)
+        layout = sharding.layout
+        shown = key in sharding.alike and key != "step"
+        return layout.show(value, layout.shape) if shown else value
 
     return read
 
@@ -179,6 +190,6 @@ def stepped_state(record: ParameterRecord, shown: Mapping[str, Tensor]) -> Mappi
             found[key.removesuffix(tag)] = value
     if found and not any("@" in key for key in shown):
         for key, shape in record.route.slim_shapes(record.shape).items():
-            if key not in found and not _is_moment(record, key):
+            if key not in found and key not in record.sharding.alike:
                 found[key] = torch.zeros(shape, dtype=state_dtype(record.parameter))
     return found

@@ -25,6 +25,8 @@ class Sharding:
     """Position of the rank that has the state of the whole, if exact; -1 as long as none has."""
     cuts: tuple[tuple[int, int], ...] = ()
     """Of each tile, if exact: its extent, as in `ExtentKey.part`."""
+    alike: frozenset[str] = frozenset()
+    """Names of the state tensors that mean the same for the shards of all ranks, if not exact."""
 
     local_gradient: Tensor | None = None
     """During a step: of this rank's shard."""
@@ -32,6 +34,11 @@ class Sharding:
     """During a step, at the owner: of the whole."""
     change: Tensor | None = None
     """During a step, at the owner: the update of the whole."""
+
+    @property
+    def shard_shapes(self) -> set[torch.Size]:
+        """Of the shards of all ranks."""
+        return {torch.Size(s.stop - s.start for s in box) for box in self.layout.boxes}
 
     @property
     def is_here(self) -> bool:
