@@ -11,6 +11,7 @@ from torch import Tensor
 from asteria.algorithms.algorithm import Algorithm
 from asteria.checkpoint.form import check_form
 from asteria.checkpoint.manifest import rule_of
+from asteria.checkpoint.shards import gathered
 from asteria.errors import ConfigError
 from asteria.linalg.modes import transform
 from asteria.runtime.records import is_rebuilt
@@ -29,7 +30,9 @@ def slim(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     are, and after loading take their places in the new bases by rank.
 
     For the nested format of ``optimizer.state_dict()`` and, by names of parameters, of
-    ``get_optimizer_state_dict``. Computes on the tensors' devices. Any thread.
+    ``get_optimizer_state_dict``. Computes on the tensors' devices. Any thread; where parameters are
+    sharded, all ranks together. Shards that are stepped on their own can so be loaded by another
+    number of ranks.
 
     Raises CheckpointError if it is no such state dict.
     """
@@ -39,7 +42,8 @@ def slim(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         rule = rule_of(group)
         for key in group["params"]:
             if state.get(key):
-                state[key] = _slimmed(state[key], group, rule)
+                entries, share = gathered(state[key])
+                state[key] = share(_slimmed(entries, group, rule))
     return {**state_dict, "state": state}
 
 

@@ -1,18 +1,24 @@
 """State of sharded parameters through torch.distributed.checkpoint, also at other world sizes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_optimizer_state_dict,
     get_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.tensor import DTensor
 
-from tests.distributed.fans import OPTIMIZERS, Parts, Run, differing, whole
+import asteria
+from tests.distributed.fans import OPTIMIZERS, Arrays, Parts, Run, differing, whole
 from tests.support.processes import gather
 
 SAVED, STEPS = 10, 15
@@ -40,16 +46,33 @@ def load(run: Run, path: Path, *, flat: bool = False) -> None:
     )
 
 
-def saving(rank: int, folder: Path) -> dict[str, Any]:
-    found = {}
+def full(run: Run, **options: bool) -> Arrays:
+    """The whole state as arrays, on rank 0."""
+    options = {"full_state_dict": True, "flatten_optimizer_state_dict": True} | options
+    state = get_optimizer_state_dict(run.model, run.optimizer, options=StateDictOptions(**options))
+    return {k: v.numpy().copy() for k, v in state.items() if isinstance(v, torch.Tensor)}
+
+
+def saving(rank: int, folder: Path) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
     for name in OPTIMIZERS:
         run = Run(name, (2,))
         run.train(range(SAVED))
         for flat in (False, True):
             save(run, folder / f"{name}-{flat}", flat=flat)
-        shown = run.optimizer.state_dict()["state"][0]
-        found[name] = {
-            key: (type(value) is DTensor, tuple(value.shape)) for key, value in shown.items()
+        found[name, "full"] = full(run)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        state = get_optimizer_state_dict(
+            run.model, run.optimizer, options=StateDictOptions(full_state_dict=True)
+        )
+        fresh = Run(name, (2,))
+        set_optimizer_state_dict(fresh.model, fresh.optimizer, state, options=options)
+        found[name, "broadcast"] = full(fresh)
+        slim = asteria.slim(get_optimizer_state_dict(run.model, run.optimizer))
+        found[name, "slim"] = {
+            (fqn, key): value.full_tensor().numpy() if isinstance(value, DTensor) else value.numpy()
+            for fqn, entries in slim["state"].items()
+            for key, value in entries.items()
         }
         run.train(range(SAVED, STEPS))
         found[name, "weights"] = run.parts()
@@ -66,11 +89,30 @@ def loading(rank: int, folder: Path) -> dict[Any, Parts]:
     return found
 
 
+def check_whole_states(saved: Sequence[dict[Any, Any]]) -> None:
+    """Gathered on rank 0, also after a way back, and slimmed: as of one process."""
+    for name in OPTIMIZERS:
+        run = Run(name)
+        run.train(range(SAVED))
+        wanted = full(run)
+        for way in ("full", "broadcast"):
+            found = saved[0][name, way]
+            assert found.keys() == wanted.keys()
+            assert not [key for key in wanted if not np.array_equal(found[key], wanted[key])], way
+        slim = asteria.slim(get_optimizer_state_dict(run.model, run.optimizer))["state"]
+        for found in saved:
+            assert len(found[name, "slim"]) == sum(map(len, slim.values()))
+            for (fqn, key), value in found[name, "slim"].items():
+                assert np.array_equal(value, slim[fqn][key].numpy()), (fqn, key)
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_saved_by_2_ranks_and_loaded_by_4_and_1(tmp_path: Path) -> None:
     """All go on to the bits of a process that has everything and was never interrupted."""
     wanted = {name: whole(name, STEPS) for name in OPTIMIZERS}
-    for found in gather(2, tmp_path / "a", saving, tmp_path):
+    saved = gather(2, tmp_path / "a", saving, tmp_path)
+    check_whole_states(saved)
+    for found in saved:
         for name in OPTIMIZERS:
             assert not differing(found[name, "weights"], wanted[name]), "saving changes nothing"
     for found in gather(4, tmp_path / "b", loading, tmp_path):
