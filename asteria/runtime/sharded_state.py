@@ -25,7 +25,7 @@ from asteria.runtime.records import ParameterRecord, Route, state_dtype
 from asteria.runtime.shadows import shadow_shapes
 from asteria.runtime.sharding import Sharding
 
-__all__ = ["saved_whole", "show_shards", "stepped_state"]
+__all__ = ["alike", "saved_whole", "show_shards", "stepped_state"]
 
 _COUNTERS = ("step", "born")
 """What every rank knows by itself."""

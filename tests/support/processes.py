@@ -37,6 +37,7 @@ class Crew:
                 "tests.support.asynchronous",
                 "torch.distributed.checkpoint.state_dict",
                 "torch.distributed.fsdp",
+                "torch._dynamo",
             ]
         )
         self.links: list[Connection] = []
