@@ -66,7 +66,7 @@ def refreshing(stop: threading.Event) -> Callable[[], int]:
     def work() -> int:
         count = 0
         while not stop.is_set():
-            verified_refresh(factor, basis, exact=False, sort=True)
+            verified_refresh(factor, basis, method="qr", sort=True)
             count += 1
         return count
 

@@ -27,8 +27,8 @@ _UNITS = {
 # Every value that a field may take once everything is built, and those that are built today.
 _CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "refresh": (("async", "sync"), ("async", "sync")),
-    "refresh_method": (("eigh", "qr", "ldlr", "auto"), ("eigh", "qr", "auto")),
-    "refresh_on": (("host", "device", "auto"), ("host", "auto")),
+    "refresh_method": (("eigh", "qr", "ldlr", "auto"),) * 2,
+    "refresh_on": (("host", "device", "auto"),) * 2,
     "install": (("scheduled", "ready"), ("scheduled", "ready")),
     "start": (get_args(Start), get_args(Start)),
     "state_dtype": ((torch.float32, torch.bfloat16), (torch.float32,)),
@@ -74,11 +74,18 @@ class RuntimeConfig:
     refresh: Literal["async", "sync"] = "async"
     """`"async"`: by host threads, beside the training. `"sync"`: inside the step."""
     refresh_method: Literal["eigh", "qr", "ldlr", "auto"] = "auto"
-    """`"qr"`: one warm-started orthogonal iteration; `"eigh"`: exact, in float64; `"auto"`: qr."""
+    """`"qr"`: one warm-started orthogonal iteration; `"ldlr"`: the same step from products, two
+    Cholesky factorizations and a triangular solve, which accelerators are faster at (and hosts
+    slower); `"eigh"`: exact, in float64; `"auto"`: qr.
+    """
     refresh_on: Literal["host", "device", "auto"] = "auto"
-    """Where refreshes are computed that the step waits for, which are the synchronous and the first
-    and young ones: `"host"`, or `"auto"`: where the parameter is. Asynchronous ones are computed
-    on the host. `"device"` is not available in this version.
+    """Where refreshes are computed.
+
+    `"host"`: by the host, all of them. `"device"`: where the parameter is; asynchronous ones on a
+    stream beside the training, for which neither the host nor a worker is needed. (Where that is
+    host memory, nothing is beside: they are computed by the step that begins them.) `"auto"`:
+    those that the step waits for (synchronous, first and young ones) where the parameter is,
+    asynchronous ones on the host.
     """
     staleness: int = 2
     """S, in steps: an asynchronous refresh from the factors of step t is first used by step
@@ -152,6 +159,12 @@ class RuntimeConfig:
                     f"RuntimeConfig.{name}={value!r} is not available in this version: "
                     f"use {options}"
                 )
+        if (self.refresh_on, self.refresh_method) == ("device", "eigh") and self.refresh == "async":
+            raise ConfigError(
+                'RuntimeConfig: refresh_on="device" with refresh_method="eigh" was asked for; '
+                'eigensolvers make the host wait for the device. Use refresh_method="qr", '
+                'refresh_on="host" or refresh="sync"'
+            )
         for name, least, unit in (
             ("staleness", 0, "steps"),
             ("workers", 1, "threads"),

@@ -11,7 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BasisResult", "eigh_basis", "matched_eigh_basis", "orthogonal_iteration"]
+from asteria.linalg.precision import exact_bmm
+
+__all__ = [
+    "BasisResult",
+    "by_quotient",
+    "eigh_basis",
+    "is_orthogonal",
+    "matched_eigh_basis",
+    "orthogonal_iteration",
+    "permuted",
+]
 
 _PROBES = 8
 
@@ -47,7 +57,7 @@ def eigh_basis(factor: Tensor) -> BasisResult:
         if not (ok and solve):
             basis[index] = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
             usable[index] = ok
-    return BasisResult(basis, usable & _is_orthogonal(basis))
+    return BasisResult(basis, usable & is_orthogonal(basis))
 
 
 def matched_eigh_basis(factor: Tensor, basis: Tensor) -> BasisResult:
@@ -57,16 +67,16 @@ def matched_eigh_basis(factor: Tensor, basis: Tensor) -> BasisResult:
     with the i-th largest Rayleigh quotient. Shapes and failures as in `eigh_basis`.
     """
     fresh, usable = eigh_basis(factor)
-    order = _order(torch.bmm(basis.mT, factor) * basis.mT)
-    return BasisResult(_permuted(fresh.mT.contiguous(), order.argsort(-1)).mT, usable)
+    order = by_quotient(exact_bmm(basis.mT, factor) * basis.mT)
+    return BasisResult(permuted(fresh.mT.contiguous(), order.argsort(-1)).mT, usable)
 
 
-def _order(products: Tensor) -> Tensor:
+def by_quotient(products: Tensor) -> Tensor:
     """Column indices by decreasing q^T L q, (b, n); products = (Q^T L) * Q^T, (b, n, n)."""
     return products.sum(-1).argsort(dim=-1, descending=True, stable=True)
 
 
-def _permuted(rows: Tensor, order: Tensor, *, out: Tensor | None = None) -> Tensor:
+def permuted(rows: Tensor, order: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Row i of each block is row ``order[i]`` of ``rows``; (b, n, n) contiguous, (b, n)."""
     blocks, size = order.shape
     first = torch.arange(blocks, device=order.device).unsqueeze(-1) * size
@@ -88,16 +98,16 @@ def orthogonal_iteration(factor: Tensor, basis: Tensor, *, sort: bool) -> BasisR
     Source: SOAP (arXiv 2409.11321), Algorithm 4.
     """
     # In rows of Q^T: bases lie in memory column after column, and so no copy has to transpose.
-    images = torch.bmm(basis.mT, factor)
+    images = exact_bmm(basis.mT, factor)
     if sort:
         products = images * basis.mT
-        order = _order(products)
+        order = by_quotient(products)
         # Two large tensors take turns: fresh memory costs more than what is written to it.
-        fresh = _orthonormalized(_permuted(images, order, out=products).mT)
-        fresh = _permuted(fresh.mT, order.argsort(-1), out=images).mT
+        fresh = _orthonormalized(permuted(images, order, out=products).mT)
+        fresh = permuted(fresh.mT, order.argsort(-1), out=images).mT
     else:
         fresh = _orthonormalized(images.mT)
-    return BasisResult(fresh, _is_orthogonal(fresh))
+    return BasisResult(fresh, is_orthogonal(fresh))
 
 
 def _orthonormalized(columns: Tensor) -> Tensor:
@@ -111,7 +121,7 @@ def _orthonormalized(columns: Tensor) -> Tensor:
     return product
 
 
-def _is_orthogonal(basis: Tensor) -> Tensor:
+def is_orthogonal(basis: Tensor) -> Tensor:
     """Whether Q^T Q = I, estimated from a few fixed random vectors (Hutchinson), in O(n^2).
 
     E |(Q^T Q - I) z|^2 = |Q^T Q - I|_F^2 for Gaussian z, so a basis passes if the estimated
@@ -121,5 +131,6 @@ def _is_orthogonal(basis: Tensor) -> Tensor:
     size = basis.shape[-1]
     generator = torch.Generator(basis.device).manual_seed(size)
     probes = torch.randn(size, _PROBES, generator=generator, dtype=basis.dtype, device=basis.device)
-    residual = basis.mT @ (basis @ probes) - probes
+    probes = probes.expand(len(basis), -1, -1)
+    residual = exact_bmm(basis.mT, exact_bmm(basis, probes)) - probes
     return residual.square().sum((-2, -1)) / _PROBES <= 1e-6 * size

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from asteria.linalg.eigenbasis import BasisResult, matched_eigh_basis, orthogonal_iteration
+from asteria.linalg.eigenbasis import BasisResult
+from asteria.linalg.method import RESCUES, Method, refreshed
 
 __all__ = ["Failures", "VerifiedBasis", "verified_refresh"]
 
@@ -35,21 +36,21 @@ class VerifiedBasis:
     failures: Failures
 
 
-def verified_refresh(factor: Tensor, basis: Tensor, *, exact: bool, sort: bool) -> VerifiedBasis:
+def verified_refresh(factor: Tensor, basis: Tensor, *, method: Method, sort: bool) -> VerifiedBasis:
     """Refresh the bases; where that fails in the factor's dtype, in float64; else keep the old one.
 
-    ``exact`` asks for eigenvectors, else for one orthogonal iteration (``sort`` as there).
+    ``method`` and ``sort`` as in `refreshed`; in float64 slower methods come after it.
     Shapes: factor (b, n, n), basis (b, n, n), both on the host. Allocates, never mutates; any
     thread.
     """
     failures = Failures()
-    fresh, usable = _attempt(factor, basis, exact=exact, sort=sort)
+    fresh, usable = _attempt(factor, basis, method=method, sort=sort)
     for block in (~usable).nonzero().flatten().tolist():
         one = slice(block, block + 1)
         replacement = basis[one]
         if not bool(torch.isfinite(factor[one]).all()):
             failures.kept[block] = "nonfinite factor"
-        elif (saved := _in_float64(factor[one], basis[one], exact=exact, sort=sort)) is None:
+        elif (saved := _in_float64(factor[one], basis[one], method=method, sort=sort)) is None:
             failures.kept[block] = "no basis"
         else:
             failures.retried += 1
@@ -58,21 +59,19 @@ def verified_refresh(factor: Tensor, basis: Tensor, *, exact: bool, sort: bool) 
     return VerifiedBasis(fresh, failures)
 
 
-def _attempt(factor: Tensor, basis: Tensor, *, exact: bool, sort: bool) -> BasisResult:
+def _attempt(factor: Tensor, basis: Tensor, *, method: Method, sort: bool) -> BasisResult:
     try:
-        if exact:
-            return matched_eigh_basis(factor, basis)
-        return orthogonal_iteration(factor, basis, sort=sort)
+        return refreshed(factor, basis, method=method, sort=sort)
     except RuntimeError:  # torch.linalg.LinAlgError: no convergence
         return BasisResult(
             torch.empty_like(factor), factor.new_zeros(len(factor), dtype=torch.bool)
         )
 
 
-def _in_float64(factor: Tensor, basis: Tensor, *, exact: bool, sort: bool) -> Tensor | None:
-    """By the same method, then by an exact one; (1, n, n) in the factor's dtype, or None."""
-    for by_eigenvectors in dict.fromkeys((exact, True)):
-        fresh, usable = _attempt(factor.double(), basis.double(), exact=by_eigenvectors, sort=sort)
+def _in_float64(factor: Tensor, basis: Tensor, *, method: Method, sort: bool) -> Tensor | None:
+    """By the same method, then by slower ones; (1, n, n) in the factor's dtype, or None."""
+    for rescue in RESCUES[method]:
+        fresh, usable = _attempt(factor.double(), basis.double(), method=rescue, sort=sort)
         if bool(usable.all()):
             return fresh.to(factor.dtype)
     return None

@@ -172,7 +172,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if gone:
             for record in gone:  # as long as it can be read
                 if isinstance(entries := self.state.get(record.parameter), Entries):
-                    self.state[record.parameter] = entries.copy()
+                    self.state[record.parameter] = entries.promised()
             self._engine.discard(gone)
             for record in gone:
                 del self._records[record.parameter]
@@ -180,8 +180,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _make_record(
         self, index: int, name: str, parameter: Tensor, group: Mapping[str, Any]
     ) -> ParameterRecord:
-        named = index, name, parameter, group
-        return make_record(named, self.rule, self._runtime.shards)
+        return make_record((index, name, parameter, group), self.rule, self._runtime.shards)
 
     def _admit(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:
         """Make state for new records, of the saved values where there are any."""
@@ -192,13 +191,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def describe(self) -> Description:
         """How every parameter is treated, as a table (``str``) or ``.rows``. Needs no gradient."""
-        rows = []
-        for _, name, p, group in self._named():
-            known = self._records.get(p)
-            way = known and (known.route, known.sharding)
-            way = way or way_of(name, p, group, self.rule, self._runtime.shards)
-            rows.append(describe_parameter(name, p, *way))
-        return Description(tuple(rows))
+        known = {p: (record.route, record.sharding) for p, record in self._records.items()}
+        rule, shards = self.rule, self._runtime.shards
+        ways = (
+            (name, p, *(known.get(p) or way_of(name, p, group, rule, shards)))
+            for _, name, p, group in self._named()
+        )
+        return Description(tuple(describe_parameter(*way) for way in ways))
 
     def stats(self) -> Stats:
         """What was done since this optimizer was made; waits for the device."""
@@ -207,6 +206,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State and groups in torch's format: flat tensors keyed by parameter, and plain values.
 
+        What lies on a lower tier is read when somebody looks at the tensor, and is what it is now;
+        the other tensors are the state itself, as in torch.
         Waits for the device and for refreshes in flight, which are part of it. Raises
         NonFiniteGradientError if the device has refused a step.
         """
@@ -214,7 +215,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._forget_replaced_state()
 
         with ExitStack() as hooks:
-            hooks.callback(self.register_state_dict_post_hook(_read_all, prepend=True).remove)
+            hooks.callback(self.register_state_dict_post_hook(_promise_all, prepend=True).remove)
             return super().state_dict()
 
     def close(self) -> None:
@@ -262,7 +263,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """What pickling and copying keep: the state, and how the work is done."""
         self._engine.settle()
         self._forget_replaced_state()
-        state = {p: {**entries} for p, entries in self.state.items()}
+        state = {p: _promised(entries) for p, entries in self.state.items()}
         return {**super().__getstate__(), "state": state, "_runtime": self._runtime}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -290,5 +291,9 @@ def _as_dict(given: object) -> dict[str, Any]:
     return given if isinstance(given, dict) else dict(check_form(given))
 
 
-def _read_all(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
-    packed["state"] = {key: {**entries} for key, entries in packed["state"].items()}
+def _promise_all(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+    packed["state"] = {key: _promised(entries) for key, entries in packed["state"].items()}
+
+
+def _promised(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    return entries.promised() if isinstance(entries, Entries) else {**entries}

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from asteria.config.runtime import RuntimeConfig, parse_bytes
+from asteria.config.runtime import RuntimeConfig
 from asteria.errors import StoreFullError
 from asteria.planner.extents import Census
 from asteria.planner.machine import Machine
+from asteria.runtime import claims
 from asteria.runtime.claims import items, working_bytes
 from asteria.runtime.extents import ExtentKey, layouts
 from asteria.store.cell import Home
@@ -105,24 +106,14 @@ def placed(census: Census, period: int, config: RuntimeConfig) -> list[list[Item
 
 def budgets(config: RuntimeConfig, machine: Machine, working: int) -> Budgets:
     """What there is for the state on each tier, by the same rules as at run time."""
-    asked = {
-        name: None if value is None else parse_bytes(value)
-        for name, value in (
-            ("device", config.device_budget),
-            ("host", config.host_budget),
-            ("nvme", config.nvme_budget),
-        )
-    }
-    nvme: int | None = 0
-    if config.nvme_path is not None:
-        nvme = asked["nvme"] if asked["nvme"] is not None else machine.nvme_bytes
-    host = asked["host"]
-    if machine.shares_memory:
-        limit = machine.host_bytes if host is None else host + (asked["device"] or 0)
-        # Temporary memory is taken from what was asked for, not from what is merely free.
-        return Budgets(limit, 0, nvme, working_bytes=working if config.nvme_path else 0)
-    device = machine.device_bytes if asked["device"] is None else asked["device"]
-    return Budgets(device, machine.host_bytes if host is None else host, nvme)
+    return claims.budgets(
+        config,
+        device_bytes=machine.device_bytes,
+        host_bytes=machine.host_bytes,
+        nvme_bytes=machine.nvme_bytes,
+        shares_memory=machine.shares_memory,
+        working=working,
+    )
 
 
 def housed(

@@ -10,6 +10,7 @@ from typing import Any
 
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.config.runtime import RuntimeConfig
+from asteria.linalg.method import Method, chosen_method
 from asteria.planner.extents import Routed
 from asteria.planner.machine import Machine
 from asteria.refresh.pacing import HOST_SHARE, STEP_SHARE, affordable_period
@@ -78,18 +79,18 @@ def planned_refreshes(
 ) -> Refreshes:
     """Price a round of refreshes of parameters with these ways, on ``machine``."""
     jobs, threads = refreshes_beside(config, machine)
-    exact = config.refresh_method == "eigh"
+    method = chosen_method(config.refresh_method, start=config.start, first=False)
     known: dict[int, tuple[Counter[int], float]] = {}
     counts: Counter[int] = Counter()
     longest_s = 0.0
     for _, way in ways:
         if id(way) not in known:
-            known[id(way)] = _priced(way, machine, threads, exact=exact)
+            known[id(way)] = _priced(way, machine, threads, method=method)
         sizes, tile_s = known[id(way)]
         counts.update(sizes)
         longest_s = max(longest_s, tile_s)
-    round_s = sum(n * machine.seconds(size, threads, exact=exact) for size, n in counts.items())
-    first_s = sum(n * machine.seconds(s, machine.cores, exact=True) for s, n in counts.items())
+    round_s = sum(n * machine.seconds(size, threads, method=method) for size, n in counts.items())
+    first_s = sum(n * machine.seconds(s, machine.cores, method="eigh") for s, n in counts.items())
     at_once, share = (jobs, HOST_SHARE) if jobs else (1, STEP_SHARE)
     period = Hyperparameters.of(group).precondition_frequency
     staleness = config.staleness if jobs else 0
@@ -115,7 +116,7 @@ def planned_refreshes(
 
 
 def _priced(
-    way: Route, machine: Machine, threads: int, *, exact: bool
+    way: Route, machine: Machine, threads: int, *, method: Method
 ) -> tuple[Counter[int], float]:
     """(factors by size, seconds of the longest refresh, which is one tile) of a parameter."""
     counts: Counter[int] = Counter()
@@ -125,6 +126,6 @@ def _priced(
         tile_s = 0.0
         for size in sizes:
             counts[size] += number * blocks
-            tile_s += blocks * machine.seconds(size, threads, exact=exact)
+            tile_s += blocks * machine.seconds(size, threads, method=method)
         longest_s = max(longest_s, tile_s)
     return counts, longest_s

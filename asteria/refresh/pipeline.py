@@ -27,6 +27,13 @@ class Flight(Generic[T]):
     lands: int
     """The steps of the unit after which it is installed, at the latest; at least ``version``."""
     job: Job[T]
+    passed: Callable[[], bool] | None = None
+    """Whether a device has come to its end, if one does what ``job`` only has begun."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing would wait for it."""
+        return self.job.done and (self.passed is None or self.passed())
 
 
 @dataclass(slots=True)
@@ -104,7 +111,7 @@ class Pipeline(Generic[U, T]):
         for flight in self._flights.get(unit, ()):
             if steps >= flight.lands:
                 self._wait_for(flight.job)
-            elif not (self._ready and flight.job.done):
+            elif not (self._ready and flight.is_ready):
                 break
             landing.append(flight)
         return landing
@@ -113,7 +120,11 @@ class Pipeline(Generic[U, T]):
         """Flights that `due` would return now without a wait."""
         flights = self._flights.get(unit, ())
         landing = itertools.takewhile(
-            lambda flight: flight.job.done and (self._ready or steps >= flight.lands),
+            lambda flight: (
+                flight.is_ready
+                if self._ready and steps < flight.lands
+                else flight.job.done and steps >= flight.lands
+            ),
             flights,
         )
         return list(landing)

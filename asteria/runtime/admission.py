@@ -24,6 +24,7 @@ from asteria.runtime.residence import Residence
 from asteria.runtime.shadows import shadow_shapes
 from asteria.runtime.show import show
 from asteria.store.cell import Cell
+from asteria.store.distant import Opened
 from asteria.store.layout import Life
 
 __all__ = ["Extents", "admit", "check_room", "check_saved", "discard"]
@@ -192,23 +193,26 @@ def _change(
         if key in arrivals or len(kept) < sum(len(extent.tiles) for extent in old):
             places = [(tile.record, tile.plan) for tile in kept] + arrivals.get(key, [])
             changed[key] = _cut(key, places, old, residence)
-    everything = {**extents, **changed}
     pairs = [(extents.get(key, []), cut) for key, cut in changed.items()]
     try:
-        residence.house([extent for cut in everything.values() for extent in cut])
+        residence.house(_everything({**extents, **changed}))
         for old, new in pairs:
             _fill(old, new, saved)
     except BaseException:
         for old, new in pairs:
             _discard(new, but=old)
-        show([extent for cut in extents.values() for extent in cut])  # some may have moved
+        show(_everything(extents), residence.promises)  # some may have moved
         raise
     for old, new in pairs:
         _discard(old, but=new)
     extents.update(changed)
     for key in [key for key, cut in changed.items() if not cut]:
         del extents[key]
-    show([extent for cut in extents.values() for extent in cut])
+    show(_everything(extents), residence.promises)
+
+
+def _everything(extents: Extents) -> list[Extent]:
+    return [extent for cut in extents.values() for extent in cut]
 
 
 def _cut(
@@ -274,6 +278,7 @@ def _fill_cell(
     """Fill one cell from those that its tiles were in, and from what was saved."""
     door = extent.door
     source: Cell | None = None
+    record, opened = None, Opened({})
     door.acquire(cell)
     try:
         for tile, place in kept.items():
@@ -291,17 +296,19 @@ def _fill_cell(
                 for name, value in values.items():
                     value.copy_(given[name])
             elif tile.record in saved:
-                _load(saved[tile.record], values, tile)
+                if tile.record is not record:
+                    record, opened = tile.record, Opened(saved[tile.record])
+                _load(opened, values, tile)
     finally:
         if source is not None:
             door.release(source, dirty=False)
         door.release(cell, dirty=True)
 
 
-def _load(saved: Mapping[str, Tensor], values: Mapping[str, Tensor], tile: Tile) -> None:
+def _load(saved: Opened, values: Mapping[str, Tensor], tile: Tile) -> None:
     """The blocks of one tile from what was saved of its parameter; what was not stays zero."""
     suffix, first, blocks = tile.record.route.place_of(tile.plan)
     for name, value in values.items():
         if name + suffix in saved:
-            given = torch.as_tensor(saved[name + suffix])
-            value.copy_(given.reshape(blocks, *value.shape[1:])[first : first + tile.plan.blocks])
+            given = saved[name + suffix].reshape(blocks, *value.shape[1:])
+            value.copy_(given[first : first + tile.plan.blocks])

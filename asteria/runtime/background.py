@@ -1,4 +1,4 @@
-"""Eigenbases computed by worker threads from snapshots, and installed between two updates."""
+"""Eigenbases computed beside the training from snapshots, and installed between two updates."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from asteria.config.runtime import RuntimeConfig
 from asteria.errors import StoreError
 from asteria.refresh.pipeline import Flight, Pipeline
 from asteria.refresh.pool import Executor
-from asteria.refresh.schedule import is_due
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.governor import Governor
-from asteria.runtime.host_refresh import Refreshed, refresh_job
-from asteria.runtime.records import ParameterRecord, Tile
+from asteria.runtime.host_refresh import Refreshed
+from asteria.runtime.launcher import Launcher
+from asteria.runtime.pending import chosen
+from asteria.runtime.records import ParameterRecord
 from asteria.runtime.rows import rotate_
 from asteria.runtime.shadows import show_flights, take_up
-from asteria.runtime.snapshots import take_snapshots, way_back
 from asteria.runtime.staging import Stager
 from asteria.runtime.units import Unit, Units, unit_of
+from asteria.runtime.verdicts import Verdicts
 from asteria.telemetry.counters import Counters
 from asteria.telemetry.trace import Trace
 
@@ -34,13 +35,14 @@ class _Landing(NamedTuple):
 
 
 class BackgroundRefresher:
-    """Launches refreshes of single units and installs them. For the training thread."""
+    """Takes in refreshes that were launched and installs them. For the training thread."""
 
     def __init__(
         self,
         config: RuntimeConfig,
         counters: Counters,
         units: Units,
+        verdicts: Verdicts,
         executor: Executor,
         clock: Callable[[], float],
         trace: Trace | None,
@@ -49,17 +51,16 @@ class BackgroundRefresher:
         self._config = config
         self._counters = counters
         self._units = units
+        self._verdicts = verdicts
         self._clock = clock
         self._trace = trace
-        self._first_launch_s: float | None = None
         self.pipeline: Pipeline[Unit, Refreshed] = Pipeline(
             executor, ready=config.install == "ready", clock=clock
         )
         self._landings: dict[Unit, list[_Landing]] = {}
         self._overdue_s = 0.0
         self._stager = Stager(self.pipeline)
-        self._launched: list[tuple[Unit, Flight[Refreshed]]] = []
-        """Since `begin_step`."""
+        self.launcher = Launcher(config, counters, units, self.pipeline, self._stager, clock)
 
     def admit(self, records: Iterable[ParameterRecord]) -> None:
         """Prepare for the refreshes of new records."""
@@ -118,18 +119,6 @@ class BackgroundRefresher:
                 governor.pace.worked(unit, flight.job.wall_s)
             self._landings.setdefault(unit, []).append(landing)
 
-    def begin_step(self) -> Callable[[], None]:
-        """How to take back the launches from now to the next step."""
-        launched: list[tuple[Unit, Flight[Refreshed]]] = []
-        self._launched = launched
-
-        def undo() -> None:
-            for unit, flight in launched:
-                self._stager.drop(flight)
-                self.pipeline.cancel(unit, flight)
-
-        return undo
-
     def lands_on(self, chunk: Chunk) -> bool:
         """Whether the latest `collect` has found anything to install for the chunk."""
         return bool(self._landings) and any(unit_of(t) in self._landings for t in chunk.tiles)
@@ -151,9 +140,12 @@ class BackgroundRefresher:
                     except StoreError:
                         self._lose(unit, landing.flight)
                         continue
+                    gate = None
+                    if landing.outcome.pending is not None:
+                        fresh, gate = chosen(part, fresh, landing.outcome.pending)
                     pair = (scratch[0][blocks], scratch[1][blocks])
                     rule = chunk.extent.rule
-                    rotate_(rule, part, fresh, scratch=pair, gate=None, bound=bound)
+                    rotate_(rule, part, fresh, scratch=pair, gate=gate, bound=bound)
                     for mode, basis in enumerate(fresh):
                         if basis is not None:
                             part[f"basis_{mode}"].copy_(basis)
@@ -178,79 +170,23 @@ class BackgroundRefresher:
         self._counters.refreshes += outcome.count
         self._counters.installs += outcome.count - len(reasons)
         self._counters.retried_refreshes += sum(found.retried for found in outcome.failures)
-        memory = self._units[unit]
+        memory, before = self._units[unit], unit.record.versions[unit.ordinal]
         memory.turned = outcome.turned
         if len(reasons) < outcome.count:
             self._units.installed(unit, flight.version)
         else:
             memory.attempted = flight.version
-        self._units.judge(unit, reasons)
+        if outcome.pending is None:
+            self._units.judge(unit, reasons)
+            return
+        pending, counters = outcome.pending, self._counters
 
-    def launches(self, chunk: Chunk) -> bool:
-        """Whether anything is due after this update of the chunk."""
-        return any(self._is_due(tile, chunk) for tile in chunk.tiles)
+        def told() -> None:
+            counters.device_s += pending.seconds()
 
-    def _is_due(self, tile: Tile, chunk: Chunk) -> bool:
-        unit, step = unit_of(tile), chunk.steps + 1
-        period, latest = chunk.hyper.precondition_frequency, self._latest(unit)
-        # However the schedule has changed, no more are in flight than a checkpoint has places for.
-        if self.pipeline.flights(unit) and step - latest < period:
-            return False
-        phase = self._units[unit].phase
-        return step > latest and is_due(step, period=period, phase=phase, version=latest)
-
-    def copies_from_device(self, chunk: Chunk) -> bool:
-        """Whether `launch_due` needs the chunk's fields on their device."""
-        return self._stager.link(chunk.extent.device).travels
-
-    def launch_due(self, chunk: Chunk, *, prompt: bool) -> None:
-        """Begin the refreshes of the chunk's tiles that are due after this update.
-
-        With ``prompt`` they are installed before the next update, without staleness.
-        """
-        step, period = chunk.steps + 1, chunk.hyper.precondition_frequency
-        for tile in chunk.tiles:
-            if not self._is_due(tile, chunk):
-                continue
-            unit = unit_of(tile)
-            memory, latest = self._units[unit], self._latest(unit)
-            link = self._stager.link(chunk.extent.device)
-            snapshots = take_snapshots(
-                chunk.extent,
-                tile,
-                link,
-                # An earlier refresh may be installed before this one begins.
-                copy_bases=self._config.staleness >= period or bool(self.pipeline.flights(unit)),
-            )
-            work = refresh_job(
-                snapshots,
-                way_back(chunk.extent, link),
-                exact=self._is_exact(latest <= tile.record.born),
-                sort=chunk.extent.rule.sorts_columns,
-            )
-            if self._first_launch_s is None:
-                self._first_launch_s = self._clock()
-            lands = step if prompt else step + self._config.staleness
-            # Units count steps of their own; what is urgent is told by those of the optimizer.
-            urgency = (self._counters.steps + lands - step, -memory.turned)
-            flight = self.pipeline.launch(unit, step, work, lands=lands, urgency=urgency)
-            self._launched.append((unit, flight))
-
-    def utilization(self) -> float:
-        """Share of the workers' time since the first launch that went into installed results."""
-        if self._first_launch_s is None:
-            return 0.0
-        elapsed_s = self._clock() - self._first_launch_s
-        return self._counters.worker_s / max(elapsed_s * self.pipeline.executor.size, 1e-9)
-
-    def _latest(self, unit: Unit) -> int:
-        """Version of the newest refresh, in flight or in use."""
-        flights = self.pipeline.flights(unit)
-        return flights[-1].version if flights else self._units.latest(unit)
-
-    def _is_exact(self, first: bool) -> bool:
-        begun = self._config.start == "adam" and first
-        return begun or self._config.refresh_method == "eigh"
+        self._verdicts.expect(
+            unit, pending.report(), before=before, version=flight.version, told=told
+        )
 
     def forget_older(self, chunk: Chunk) -> None:
         """Drop what is in flight for the chunk's tiles, which have just been refreshed."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from asteria.config.runtime import RuntimeConfig
+from asteria.config.runtime import RuntimeConfig, parse_bytes
 from asteria.runtime.extents import ExtentKey, layouts
 from asteria.runtime.rows import rows_at_a_time
 from asteria.store.layout import Life
-from asteria.store.residency import Item
+from asteria.store.residency import Budgets, Item
 
-__all__ = ["items", "ledger_steps", "working_bytes"]
+__all__ = ["budgets", "items", "ledger_steps", "working_bytes"]
 
 _MOST_STEPS = 5
 _GAIN = 0.5
@@ -20,6 +20,36 @@ _OVERHEAD_BYTES = 64 * 1024**2
 """What a process that streams grows by beside: code, stacks, and what its heap keeps."""
 _REFRESH_COPIES = 8
 """Matrices of a factor's size that a refresh has at a time; a first one works in float64."""
+
+
+def budgets(
+    config: RuntimeConfig,
+    *,
+    device_bytes: int | None,
+    host_bytes: int | None,
+    nvme_bytes: int | None,
+    shares_memory: bool,
+    working: int,
+) -> Budgets:
+    """What there is for the state on each tier: what was asked for, else what is free.
+
+    ``device_bytes``, ``host_bytes`` and ``nvme_bytes`` are free, less a reserve; None is no limit.
+    Where device and host share memory, ``device_bytes`` is not looked at.
+    """
+    device, host, nvme = map(_bytes, (config.device_budget, config.host_budget, config.nvme_budget))
+    disk = config.nvme_path is not None
+    last = (nvme_bytes if nvme is None else nvme) if disk else 0
+    if shares_memory:
+        limit = host_bytes if host is None else host + (device or 0)
+        # Temporary memory is taken from what was asked for, not from what is merely free.
+        return Budgets(limit, 0, last, working_bytes=working if disk else 0)
+    return Budgets(
+        device_bytes if device is None else device, host_bytes if host is None else host, last
+    )
+
+
+def _bytes(budget: int | str | None) -> int | None:
+    return None if budget is None else parse_bytes(budget)
 
 
 def items(key: ExtentKey, blocks: int, period: int, config: RuntimeConfig) -> list[Item]:

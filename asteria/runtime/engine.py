@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from asteria.config.runtime import RuntimeConfig
-from asteria.errors import CoherenceError
+from asteria.linalg.precision import without_autocast
 from asteria.refresh.pool import Executor, WorkerPool
 from asteria.refresh.threads import free_cores
 from asteria.runtime.admission import Extents, admit, check_room, discard
@@ -23,12 +23,14 @@ from asteria.runtime.governor import Governor
 from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error, surely_finite
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.residence import Residence
+from asteria.runtime.shadows import show_flights
 from asteria.runtime.sharded import ShardedParameters
 from asteria.runtime.show import show
 from asteria.runtime.stepper import Stepper
 from asteria.runtime.summary import summarize
 from asteria.runtime.units import Units
 from asteria.runtime.updater import moves_at_once
+from asteria.runtime.verdicts import Verdicts
 from asteria.telemetry.counters import Counters, Stats
 from asteria.telemetry.trace import Trace
 
@@ -59,24 +61,27 @@ class Engine:
         self._trace = None if config.trace is None else Trace(config.trace)
         self._units = Units(self._counters, max_failures=config.max_failures)
         self._sharded = ShardedParameters(config.start)
+        self._verdicts = Verdicts(self._counters, self._units)
         self._background: BackgroundRefresher | None = None
         jobs = 0
         # Without staleness the step would wait for every result at once.
         if config.refresh == "async" and config.staleness > 0:
             executor = executor or WorkerPool(config.workers or free_cores(_training_threads()))
             self._background = BackgroundRefresher(
-                config, self._counters, self._units, executor, clock, self._trace
+                config, self._counters, self._units, self._verdicts, executor, clock, self._trace
             )
             jobs = executor.size
         self._governor = Governor(config, self._units, jobs=jobs)
         self._residence = residence or Residence(config, refreshes=jobs)
         # With the last reference, not when the garbage collector finds the time: it holds a disk.
-        weakref.finalize(self, self._residence.close).atexit = False
+        self._tenancy = self._residence.promises.tenancy()
+        weakref.finalize(self._tenancy, self._residence.abandon).atexit = False
         self._foresight = Foresight()
         self._stepper = Stepper(
             config,
             self._counters,
             self._units,
+            self._verdicts,
             self._background,
             self._governor,
             clock,
@@ -90,7 +95,10 @@ class Engine:
     ) -> None:
         """Make state for new records, from what was saved of them if anything was."""
         records, saved = self._sharded.admit(records, saved or {}, self.discard)
-        admit(records, saved, self._extents, self._residence)
+        self._residence.promises.keep()
+        self._residence.promises.with_room(
+            lambda: admit(records, saved, self._extents, self._residence)
+        )
         self._foresight.watch(self._all())
         here = {tile.record for extent in self._all() for tile in extent.tiles}
         self._units.admit(here | self._sharded.elsewhere)
@@ -99,7 +107,10 @@ class Engine:
             for record, values in saved.items():
                 if record.is_here:
                     self._background.restore(record, values)
-        self._sharded.show(records, asynchronous=self._background is not None)
+        else:
+            for record in filter(lambda record: record.is_here, records):
+                show_flights(record, None, staleness_steps=0)
+        self._sharded.show(records)
 
     def check_room(self, records: list[ParameterRecord]) -> None:
         """Raise StoreFullError unless there is room for the state of ``records``, if alone."""
@@ -107,9 +118,11 @@ class Engine:
 
     def discard(self, records: list[ParameterRecord]) -> None:
         """Drop the state of records."""
+        self._residence.promises.keep()
         if self._background is not None:
             self._background.forget(records)
         self._governor.forget(records)
+        self._verdicts.forget(records)
         self._units.discard(records)
         discard(records, self._extents, self._residence)
         self._foresight.forget(records)
@@ -141,7 +154,6 @@ class Engine:
         return summarize(
             self._counters,
             self._units,
-            self._stepper,
             self._background,
             self._governor,
             self._residence,
@@ -180,13 +192,13 @@ class Engine:
         self._counters.steps += 1
         # What has arrived is different on every rank; what is two steps old is not.
         self._count_skips(self._guard.collect(wait=True, but=1))
-        guard = self._guard if ready else None
-        bad, gate = self._sharded.judge(records, guard, parameters=parameters)
+        bad, gate = self._sharded.judge(records, self._guard, parameters=parameters, ready=ready)
         if bad:
             self._count_skips([bad])
         return not bad, gate
 
     def _collect_verdicts(self, *, wait: bool) -> None:
+        self._verdicts.collect(wait=wait)
         self._count_skips(self._guard.collect(wait=wait))
 
     def _count_skips(self, steps: list[list[str]]) -> None:
@@ -203,21 +215,11 @@ class Engine:
         next call completes the step for the others. CoherenceError, if another rank has failed,
         comes at its end, and the next call completes it, too.
         """
-        wholes = self._sharded.wholes
-        wholes.begin(updates)
-        try:
-            self._step(updates, gate)
-        except Exception:
-            wholes.fail(updates)
-            raise
-        try:
-            wholes.finish(updates, gate)
-        except CoherenceError:
-            self._ended.update(updates)
-            raise
+        self._sharded.wholes.step(updates, gate, self._step, self._ended)
 
     def _step(self, updates: Mapping[ParameterRecord, Update], gate: Tensor | None) -> None:
         start = self._clock()
+        self._residence.promises.keep()
         self._units.report()
         self._relieve()
         if self._background is not None:
@@ -226,7 +228,7 @@ class Engine:
         before_s = counters.install_s + counters.refresh_s
         undos = [self._units.begin_step()]
         if self._background is not None:
-            undos.append(self._background.begin_step())
+            undos.append(self._background.launcher.begin_step())
         moved: list[ParameterRecord] = []
         if gate is not None:
 
@@ -237,7 +239,8 @@ class Engine:
 
             self._guard.on_refusal(undo)
         self._sharded.wholes.arrive()
-        self._take(updates, gate, moved)
+        with without_autocast(record.device for record in updates):
+            self._residence.promises.with_room(lambda: self._take(updates, gate, moved))
         end = self._clock()
         counters.update_s += end - begin - (counters.install_s + counters.refresh_s - before_s)
         if self._trace is not None:
@@ -282,7 +285,7 @@ class Engine:
             moved = self._residence.relieve(extents)
         finally:
             if moved:
-                show(extents)
+                show(extents, self._residence.promises)
                 self._foresight.watch(extents)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from asteria.hooks.gradients import GradientHooks
@@ -13,6 +14,7 @@ from asteria.runtime.extents import Extent
 from asteria.runtime.records import ParameterRecord
 from asteria.store.cell import Cell
 from asteria.store.door import Door
+from asteria.store.lane import current_stream, stream_of
 
 __all__ = ["Foresight"]
 
@@ -27,6 +29,9 @@ class Foresight:
 
     def __init__(self) -> None:
         self._expected: dict[Door, list[Cell]] = {}
+        self._streams: dict[Door, torch.Stream | None] = {}
+        """Of the thread that steps. A backward pass may run on another one, which knows nothing of
+        the work that still needs the memory."""
         self._begun = False
         self._lock = threading.Lock()
         self._hooks = GradientHooks(self, Foresight._announced)
@@ -60,8 +65,9 @@ class Foresight:
         self._expected = {}
         for chunk in work:
             if not chunk.extent.resident:
-                cells = self._expected.setdefault(chunk.extent.door, [])
-                cells.extend(needs(chunk))
+                door = chunk.extent.door
+                self._expected.setdefault(door, []).extend(needs(chunk))
+                self._streams[door] = stream_of(chunk.extent.device)
 
     def _announced(self, _: Tensor) -> None:
         """A gradient is final, and many will be; never waits."""
@@ -76,4 +82,5 @@ class Foresight:
 
     def _prefetch(self) -> None:
         for door, cells in self._expected.items():
-            door.prefetch(cells)
+            with current_stream(self._streams[door]):
+                door.prefetch(cells)

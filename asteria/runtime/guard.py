@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from asteria.errors import NonFiniteGradientError
+from asteria.runtime.reports import Report
 
-__all__ = ["DeviceGuard", "finite_flags", "nonfinite_error", "surely_finite"]
+__all__ = ["DeviceGuard", "finite_flags", "gate_on", "nonfinite_error", "surely_finite"]
 
 
 def surely_finite(gradients: list[Tensor]) -> bool:
@@ -34,13 +35,14 @@ def finite_flags(names: Sequence[str], gradients: Sequence[Tensor]) -> tuple[lis
     It can if the sum of its squares is finite in the dtype of the state: an inf or nan, or an
     element whose square overflows, would stay in the second moment and the factors for good.
     The names come in the order of the flags; empty gradients are left out. The flags are on the
-    first gradient's device; nothing waits for it.
+    device of the first gradient that is on one, not on the host, which would have to wait for it.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, gradient in enumerate(gradients):
         if gradient.numel():
             groups.setdefault((gradient.device, gradient.dtype), []).append(index)
-    device = gradients[0].device
+    devices = [gradient.device for gradient in gradients]
+    device = next((device for device in devices if device.type != "cpu"), devices[0])
     order = [names[index] for members in groups.values() for index in members]
     flags = [
         _are_finite([gradients[index] for index in members]).to(device, non_blocking=True)
@@ -55,6 +57,13 @@ def _are_finite(gradients: list[Tensor]) -> Tensor:
     return torch.stack(list(torch._foreach_norm(gradients, 2, dtype=dtype))).isfinite()
 
 
+def gate_on(gate: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """The gate where it is needed. Only a host waits for it, for it looks at what is there."""
+    if gate is None:
+        return None
+    return gate.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
+
+
 def nonfinite_error(names: Sequence[str]) -> NonFiniteGradientError:
     """The error for gradients of these names."""
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -67,20 +76,17 @@ def nonfinite_error(names: Sequence[str]) -> NonFiniteGradientError:
 
 @dataclass(slots=True)
 class _Verdict:
-    flags: Tensor
-    """(parameters,) bool in host memory, valid once ``arrived`` says so."""
+    report: Report
+    """(parameters,) bool."""
     names: list[str]
-    arrived: torch.Event | None
     undo: Callable[[], None] | None = None
 
     def bad_names(self, *, wait: bool) -> list[str] | None:
         """Names with a non-finite gradient; None if the flags have not arrived."""
-        if self.arrived is not None:
-            if wait:
-                self.arrived.synchronize()
-            elif not self.arrived.query():
-                return None
-        return [n for n, ok in zip(self.names, self.flags.tolist(), strict=True) if not ok]
+        flags = self.report.read(wait=wait)
+        if flags is None:
+            return None
+        return [n for n, ok in zip(self.names, flags.tolist(), strict=True) if not ok]
 
 
 class DeviceGuard:
@@ -102,14 +108,7 @@ class DeviceGuard:
         names, flags = finite_flags(names, gradients)
         if agree_ is not None:
             agree_(flags)
-        arrived: torch.Event | None = None
-        host = flags
-        if flags.device.type != "cpu":
-            host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
-            host.copy_(flags, non_blocking=True)
-            arrived = torch.Event(flags.device)
-            arrived.record()
-        self._verdicts.append(_Verdict(host, names, arrived))
+        self._verdicts.append(_Verdict(Report.of(flags), names))
         return flags.all().to(torch.float32)
 
     def on_refusal(self, undo: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The work of a refresh job: from snapshots of a tile's factors to its new eigenbases."""
+"""What a refresh hands over, and the work of one on the host: from snapshots to eigenbases."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from asteria.linalg.method import Method
 from asteria.linalg.verified import Failures, verified_refresh
-from asteria.runtime.snapshots import Snapshots
+from asteria.runtime.chunks import Chunk
+from asteria.runtime.pending import Pending
+from asteria.runtime.records import Tile
+from asteria.runtime.snapshots import Snapshots, take_snapshots, way_back
 from asteria.runtime.transfer import Link, Result
 
-__all__ = ["Refreshed", "refresh_job"]
+__all__ = ["Refreshed", "host_work"]
 
 
 @dataclass(slots=True)
@@ -24,6 +29,13 @@ class Refreshed:
     """One for each mode that has a factor."""
     turned: float
     """How far the columns have turned: 1 - cos^2 of the angle, mean over all columns, 0 to 1."""
+    pending: Pending | None = None
+    """What the device knows of it and the host does not; then ``turned`` is 0, without failures."""
+
+    def join(self) -> None:
+        """Let the device's next work, which uses the bases, come after what computes them."""
+        if self.pending is not None:
+            self.pending.join([b for b in self.bases if isinstance(b, Tensor)])
 
     @property
     def count(self) -> int:
@@ -36,21 +48,21 @@ class Refreshed:
         return [reason for found in self.failures for reason in found.kept.values()]
 
 
-def refresh_job(
-    snapshots: Snapshots, link: Link, *, exact: bool, sort: bool
+def host_work(
+    chunk: Chunk, tile: Tile, link: Link, *, copy_bases: bool, method: Method
 ) -> Callable[[], Refreshed]:
-    """Work for a worker thread that refreshes every mode with a factor.
+    """Work for a worker thread that refreshes every mode of a tile that has a factor.
 
-    It holds tensors and nothing else.
+    It starts from now, whatever happens to the chunk meanwhile; ``copy_bases`` as in
+    `take_snapshots`. It holds tensors and nothing else. For the training thread; never waits.
     """
+    extent = chunk.extent
+    snapshots = take_snapshots(extent, tile, link, copy_bases=copy_bases)
+    home, sort = way_back(extent, link), extent.rule.sorts_columns
+    return lambda: _refreshed(snapshots, home, method=method, sort=sort)
 
-    def work() -> Refreshed:
-        return _refreshed(snapshots, link, exact=exact, sort=sort)
 
-    return work
-
-
-def _refreshed(snapshots: Snapshots, link: Link, *, exact: bool, sort: bool) -> Refreshed:
+def _refreshed(snapshots: Snapshots, link: Link, *, method: Method, sort: bool) -> Refreshed:
     fresh: list[Result | None] = []
     failures = []
     turned = [0.0]
@@ -59,7 +71,7 @@ def _refreshed(snapshots: Snapshots, link: Link, *, exact: bool, sort: bool) -> 
             fresh.append(None)
             continue
         factor, basis = pair[0].on_host(), pair[1].on_host()
-        outcome = verified_refresh(factor, basis, exact=exact, sort=sort)
+        outcome = verified_refresh(factor, basis, method=method, sort=sort)
         del factor
         cosines = torch.linalg.vecdot(outcome.basis, basis, dim=-2)
         turned.append(1 - float(cosines.square().mean()))

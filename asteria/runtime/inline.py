@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from asteria.algorithms.algorithm import BlockState, Pair
 from asteria.config.runtime import RuntimeConfig
-from asteria.linalg.eigenbasis import eigh_basis, matched_eigh_basis, orthogonal_iteration
+from asteria.linalg.eigenbasis import eigh_basis
+from asteria.linalg.method import Method, refreshed
 from asteria.linalg.modes import replace_
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.chunks import Chunk
 from asteria.runtime.extents import CHUNK_BYTES
 from asteria.runtime.records import Tile
+from asteria.runtime.reports import Report
 from asteria.runtime.rows import rotate_
 from asteria.runtime.units import Units, unit_of
+from asteria.runtime.verdicts import Verdicts
 from asteria.telemetry.counters import Counters
 
 __all__ = ["InlineRefresher"]
@@ -25,15 +29,13 @@ __all__ = ["InlineRefresher"]
 class InlineRefresher:
     """Makes and refreshes the bases of whole chunks. For the training thread."""
 
-    def __init__(self, config: RuntimeConfig, counters: Counters, units: Units) -> None:
+    def __init__(
+        self, config: RuntimeConfig, counters: Counters, units: Units, verdicts: Verdicts
+    ) -> None:
         self._config = config
         self._counters = counters
         self._units = units
-        self._device_failures: dict[torch.device, Tensor] = {}
-
-    def device_failures(self) -> int:
-        """Failed refreshes that only the devices know of; waits for them."""
-        return sum(int(count) for count in self._device_failures.values())
+        self._verdicts = verdicts
 
     def begin_(self, chunk: Chunk, state: BlockState) -> None:
         """First bases, of the first factors; waits for the device."""
@@ -45,17 +47,14 @@ class InlineRefresher:
             if self._config.start == "adam" and not chunk.has_moments:
                 basis.copy_(torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device))
                 continue
-            on_host = factor.device.type == "cpu" or self._config.refresh_on == "host"
+            on_host = self._is_on_host(factor)
             for blocks in _parts(state):
                 fresh = eigh_basis(factor[blocks].cpu() if on_host else factor[blocks])
                 basis[blocks].copy_(fresh.basis)
                 self._counters.refreshes += len(fresh.basis)
                 self._counters.installs += len(fresh.basis)
-                if on_host:
-                    bad = (~fresh.usable).nonzero().flatten().tolist()
-                    failures.kept |= {blocks.start + block: "no first basis" for block in bad}
-                else:
-                    self._count_on_device(fresh.usable)
+                bad = (~fresh.usable).nonzero().flatten().tolist()
+                failures.kept |= {blocks.start + block: "no first basis" for block in bad}
             for tile in chunk.tiles if failures.kept else ():
                 self._units.judge(unit_of(tile), _reasons(chunk, tile, [failures]))
 
@@ -66,68 +65,88 @@ class InlineRefresher:
         scratch: Pair,
         gate: Tensor | None,
         *,
-        exact: bool,
+        method: Method,
         bound: float | None,
     ) -> None:
         """Refresh every basis of the chunk and carry the moments along.
 
-        ``bound`` as in `Algorithm.rotate_`. Waits for the device only if ``exact`` or on the host.
+        ``bound`` as in `Algorithm.rotate_`. Waits for the device only with `"eigh"` or on the host.
         """
         rule = chunk.extent.rule
         modes = range(len(chunk.extent.shape.dims))
-        failures: list[Failures] = []
+        found = _Found()
         for blocks in _parts(state):
             part = {name: tensor[blocks] for name, tensor in state.items()}
             fresh: list[Tensor | None] = [None for _ in modes]
             for mode in modes:
                 factor, basis = part.get(f"factor_{mode}"), part.get(f"basis_{mode}")
                 if factor is not None and basis is not None:
-                    found = Failures()
-                    fresh[mode] = self._refreshed(
-                        factor, basis, found, exact=exact, sort=rule.sorts_columns
-                    )
-                    failures.append(found.moved(blocks.start))
+                    sort = rule.sorts_columns
+                    fresh[mode] = self._refreshed(factor, basis, found, method=method, sort=sort)
+            found.blocks += blocks.stop - blocks.start
             pair = (scratch[0][blocks], scratch[1][blocks])
             rotate_(rule, part, fresh, scratch=pair, gate=gate, bound=bound)
             for mode, basis in enumerate(fresh):
                 if basis is not None:
                     replace_(part[f"basis_{mode}"], basis, gate)
-        for tile in chunk.tiles:
-            self._settle(chunk, tile, _reasons(chunk, tile, failures))
+        self._settle(chunk, found)
 
-    def _settle(self, chunk: Chunk, tile: Tile, reasons: list[str]) -> None:
-        """Take note of what has become of a tile's bases."""
-        unit, step = unit_of(tile), chunk.steps + 1
-        bases = tile.plan.blocks * len(tile.plan.shape.factor_sizes())
-        self._counters.refreshes += bases
-        self._counters.installs += bases - len(reasons)
-        if len(reasons) < bases:
-            self._units.replaced(unit, step, last_use=step)
-        else:
-            self._units[unit].attempted = step
-        self._units.judge(unit, reasons)
+    def _settle(self, chunk: Chunk, found: _Found) -> None:
+        """Take note of what has become of the bases, as far as the host knows."""
+        report = found.report(chunk.stop - chunk.start)
+        for tile in chunk.tiles:
+            unit, step = unit_of(tile), chunk.steps + 1
+            reasons = _reasons(chunk, tile, found.failures)
+            before = unit.record.versions[unit.ordinal]
+            bases = tile.plan.blocks * len(tile.plan.shape.factor_sizes())
+            self._counters.refreshes += bases
+            self._counters.installs += bases - len(reasons)
+            if len(reasons) < bases:
+                self._units.replaced(unit, step, last_use=step)
+            else:
+                self._units[unit].attempted = step
+            if report is None:
+                self._units.judge(unit, reasons)
+                continue
+            mine = report.part(tile.start - chunk.start, tile.stop - chunk.start)
+            self._verdicts.expect(unit, mine, before=before, version=step)
 
     def _refreshed(
-        self, factor: Tensor, basis: Tensor, failures: Failures, *, exact: bool, sort: bool
+        self, factor: Tensor, basis: Tensor, found: _Found, *, method: Method, sort: bool
     ) -> Tensor:
         """New bases (b, n, n); where none could be computed, the ones in use."""
-        if factor.device.type == "cpu" or self._config.refresh_on == "host":
-            outcome = verified_refresh(factor.cpu(), basis.cpu(), exact=exact, sort=sort)
-            failures.kept, failures.retried = outcome.failures.kept, outcome.failures.retried
-            self._counters.retried_refreshes += failures.retried
+        if self._is_on_host(factor):
+            outcome = verified_refresh(factor.cpu(), basis.cpu(), method=method, sort=sort)
+            found.failures.append(outcome.failures.moved(found.blocks))
+            self._counters.retried_refreshes += outcome.failures.retried
             return outcome.basis.to(factor.device)
-        result = (
-            matched_eigh_basis(factor, basis)
-            if exact
-            else orthogonal_iteration(factor, basis, sort=sort)
-        )
-        self._count_on_device(result.usable)
+        result = refreshed(factor, basis, method=method, sort=sort)
+        found.usable.append(result.usable)
         return torch.where(result.usable[:, None, None], result.basis, basis)
 
-    def _count_on_device(self, usable: Tensor) -> None:
-        failed = (~usable).sum()
-        known = self._device_failures.get(failed.device, torch.zeros_like(failed))
-        self._device_failures[failed.device] = known + failed
+    def _is_on_host(self, factor: Tensor) -> bool:
+        return factor.device.type == "cpu" or self._config.refresh_on == "host"
+
+
+@dataclass(slots=True)
+class _Found:
+    """What became of the bases of a chunk."""
+
+    failures: list[Failures] = field(default_factory=list)
+    """Of those that the host has computed."""
+    usable: list[Tensor] = field(default_factory=list)
+    """(b,) of every part and mode, if a device has computed them and only it knows."""
+    blocks: int = 0
+    """Done so far."""
+
+    def report(self, blocks: int) -> Report | None:
+        """(blocks, modes) flags, on their way from the device; None if there are none there."""
+        if not self.usable:
+            return None
+        # Parts come one after the other, each with all its modes.
+        modes = sum(map(len, self.usable)) // blocks
+        parts = [self.usable[at : at + modes] for at in range(0, len(self.usable), modes)]
+        return Report.of(torch.cat([torch.stack(part, dim=-1) for part in parts]))
 
 
 def _reasons(chunk: Chunk, tile: Tile, failures: list[Failures]) -> list[str]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from asteria.config.runtime import RuntimeConfig, parse_bytes
 from asteria.errors import StoreFullError
-from asteria.runtime.claims import items, ledger_steps, working_bytes
+from asteria.runtime.claims import budgets, items, ledger_steps, working_bytes
 from asteria.runtime.extents import Extent
+from asteria.runtime.promises import Promises
 from asteria.store.buffers import Buffers, device_memory, host_memory, pinned_memory
-from asteria.store.cell import Cell, Home
+from asteria.store.cell import Home
 from asteria.store.courier import DeviceCourier, HostCourier
 from asteria.store.door import Door
 from asteria.store.lane import DeviceLane, Lane
@@ -23,14 +27,11 @@ from asteria.store.pressure import (
     reserve_bytes,
     shares_host_memory,
 )
-from asteria.store.residency import Budgets, place
+from asteria.store.residency import WINDOWS, Budgets, Item, place, rewritten_bytes
 from asteria.store.tier import Tier
 from asteria.telemetry.counters import Traffic
 
 __all__ = ["Residence", "open_nvme"]
-
-_REWRITTEN = 4
-"""Cells that are on the disk twice, while the new one takes the place of the old one."""
 
 
 def open_nvme(path: str | os.PathLike[str], budget_bytes: int | None) -> Tier:
@@ -66,8 +67,10 @@ class Residence:
         self._nvme_peak_bytes = 0
         self._working_bytes = 0
         self.traffic = Traffic()
+        self.promises = Promises()
         if config.nvme_path is not None:
-            self._nvme = nvme(config.nvme_path, _bytes(config.nvme_budget))
+            budget = config.nvme_budget
+            self._nvme = nvme(config.nvme_path, None if budget is None else parse_bytes(budget))
 
     def door(self, device: torch.device) -> Door:
         """To the memory that ``device`` computes in."""
@@ -97,66 +100,87 @@ class Residence:
 
         Raises StoreFullError, and moves nothing, where the state has no room.
         """
+        places = self._places(extents)
         moves = [
-            (door, cell, home)
-            for device, door in self._doors.items()
-            for cell, home in self._homes(device, [e for e in extents if e.device == device])
+            (extent.door, item, cell, home)
+            for extent in extents
+            for (item, home), cell in zip(places[extent], extent.cells.values(), strict=True)
             if home is not cell.home
         ]
         # Before anything has moved, so that a disk that is too full is known at once.
-        self._reserve([cell.nbytes for _, cell, home in moves if home is Home.NVME])
+        self._reserve([item for _, item, _, home in moves if home is Home.NVME])
         # What makes room comes first.
-        for door, cell, home in sorted(moves, key=lambda move: move[2] < move[1].home):
+        for door, _, cell, home in sorted(moves, key=lambda move: move[3] < move[2].home):
             door.move(cell, home)
         self._tell(extents)
 
     def check(self, extents: Sequence[Extent]) -> None:
         """Raise StoreFullError if these, if they were all, had no room; changes nothing."""
-        for device in self._doors:
-            for _ in self._homes(device, [e for e in extents if e.device == device]):
-                pass
+        self._places(extents)
 
-    def _homes(
-        self, device: torch.device, extents: Sequence[Extent]
-    ) -> Iterator[tuple[Cell, Home]]:
+    def _places(self, extents: Sequence[Extent]) -> dict[Extent, list[tuple[Item, Home]]]:
+        """What each cell asks for and the home it gets; devices share host memory and disk."""
         self._working_bytes = working_bytes(
             ((extent.key, extent.blocks) for extent in extents), refreshes=self._refreshes
         )
-        budgets = self._budgets(device)
-        groups = [
-            items(extent.key, extent.blocks, extent.period, self._config) for extent in extents
-        ]
-        placement = place(groups, budgets)
-        limit = budgets.device_bytes
-        self._near[device].budget_bytes = None if limit is None else limit - budgets.working_bytes
-        self._pinned.budget_bytes = budgets.pinned_bytes
-        for extent, homes in zip(extents, placement.homes, strict=True):
-            yield from zip(extent.cells.values(), homes, strict=True)
+        places: dict[Extent, list[tuple[Item, Home]]] = {}
+        host_bytes = pinned_bytes = nvme_bytes = 0
+        for device in self._doors:
+            mine = [extent for extent in extents if extent.device == device]
+            limits = self._budgets(device, host_bytes, nvme_bytes)
+            groups = [self._items(extent) for extent in mine]
+            placement = place(groups, limits)
+            for extent, group, homes in zip(mine, groups, placement.homes, strict=True):
+                places[extent] = list(zip(group, homes, strict=True))
+            near, pinned, nvme = placement.bytes_at
+            limit = limits.device_bytes
+            self._near[device].budget_bytes = (
+                None if limit is None else limit - limits.working_bytes
+            )
+            if self._is_host(device):
+                host_bytes += near + placement.window_bytes + limits.working_bytes
+            elif limits.pinned_bytes is not None:
+                self._pinned.budget_bytes = pinned_bytes + limits.pinned_bytes
+                host_bytes += pinned
+                pinned_bytes += pinned
+            nvme_bytes += nvme
+        return places
 
-    def _budgets(self, device: torch.device) -> Budgets:
-        """What there is for the state, all of it, on ``device`` and below."""
-        config, used = self._config, self._near[device].used_bytes
-        nvme = 0 if self._nvme is None else _bytes(config.nvme_budget)
-        device_bytes, host_bytes = _bytes(config.device_budget), _bytes(config.host_budget)
-        if self._is_host(device):
-            if host_bytes is not None:
-                limit = host_bytes + (device_bytes or 0)
-            else:
-                reserve = 0 if self._nvme is None else reserve_bytes()
-                limit = max(0, used + host_free_bytes() - reserve)
-            # Temporary memory is taken from what was asked for, not from what is merely free.
-            working = self._working_bytes if self._nvme is not None else 0
-            return Budgets(limit, 0, nvme, working_bytes=working)
-        if device_bytes is None:
-            device_bytes = max(0, used + device_free_bytes(device) - reserve_bytes(device))
-        if host_bytes is None:
-            host_bytes = max(0, self._pinned.used_bytes + host_free_bytes() - reserve_bytes())
-        return Budgets(device_bytes, host_bytes, nvme)
+    def _items(self, extent: Extent) -> list[Item]:
+        return items(extent.key, extent.blocks, extent.period, self._config)
 
-    def _reserve(self, sizes: Sequence[int]) -> None:
+    def _budgets(self, device: torch.device, host_bytes: int = 0, nvme_bytes: int = 0) -> Budgets:
+        """What there is for all state on ``device`` and below, less what others got of it."""
+        shared, disk = self._is_host(device), self._nvme is not None
+        free = None
+        if disk or not shared:  # else nothing could move, and an allocation would tell
+            used = self._pinned.used_bytes + self._host.used_bytes
+            free = max(0, used + host_free_bytes() - reserve_bytes())
+        near = None
+        if not shared:
+            used = self._near[device].used_bytes
+            near = max(0, used + device_free_bytes(device) - reserve_bytes(device))
+        limits = budgets(
+            self._config,
+            device_bytes=near,
+            host_bytes=free,
+            nvme_bytes=None,
+            shares_memory=shared,
+            # Of all devices; the first one finds room for it.
+            working=0 if host_bytes else self._working_bytes,
+        )
+        nvme = _less(limits.nvme_bytes, nvme_bytes)
+        if shared:
+            return replace(
+                limits, device_bytes=_less(limits.device_bytes, host_bytes), nvme_bytes=nvme
+            )
+        return replace(limits, pinned_bytes=_less(limits.pinned_bytes, host_bytes), nvme_bytes=nvme)
+
+    def _reserve(self, arrivals: Sequence[Item]) -> None:
         """Find room on the disk for new cells, and for what is written before the old one goes."""
-        if sizes and self._nvme is not None:
-            self._nvme.reserve(sum(sizes) + _REWRITTEN * max(sizes))
+        if arrivals and self._nvme is not None:
+            asked = sum(item.nbytes + item.noted_bytes for item in arrivals)
+            self._nvme.reserve(asked + rewritten_bytes([arrivals]))
 
     def _tell(self, extents: Sequence[Extent]) -> None:
         """Let the extents know that homes may have changed."""
@@ -197,18 +221,20 @@ class Residence:
             (
                 (item.moved_bytes / max(1, item.nbytes), cell)
                 for extent in extents
-                for item, cell in zip(
-                    items(extent.key, extent.blocks, extent.period, self._config),
-                    extent.cells.values(),
-                    strict=True,
-                )
+                for item, cell in zip(self._items(extent), extent.cells.values(), strict=True)
                 if cell.home is home and cell.nbytes
             ),
             key=lambda claim: claim[0],
         )
+        window = WINDOWS * max(
+            (sum(c.nbytes for c in e.cells.values()) for e in extents), default=0
+        )
+        staying = sum(cell.nbytes for _, cell in claims)
+        # What is gone flows through from now on, which takes memory too.
+        leaving = short + max(0, staying + window - near.used_bytes)
         failed, moved = traffic.failed_writes, 0
         for _, cell in claims:
-            if moved >= short:
+            if moved >= leaving:
                 break
             door.move(cell, to)
             moved += cell.nbytes
@@ -227,8 +253,10 @@ class Residence:
                 "they were"
             ) from door.failure
         traffic.demoted_bytes += moved
-        if near.budget_bytes is not None:
-            near.budget_bytes = min(near.budget_bytes, near.used_bytes)
+        near.trim()
+        if moved and near.budget_bytes is not None:
+            # Memory that is given up stays so, but for what has to flow through.
+            near.budget_bytes = min(near.budget_bytes, near.used_bytes + window)
         return moved > 0
 
     @property
@@ -253,6 +281,13 @@ class Residence:
         if self._nvme is not None:
             self._nvme.close()
 
+    def abandon(self) -> None:
+        """Close without waiting: for finalizers, which run in any thread, in the tier's own too."""
+        if self._nvme is not None:
+            # Python is at its end and starts no thread any more: then the folder goes by itself.
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self._nvme.close, name="asteria close").start()
 
-def _bytes(budget: int | str | None) -> int | None:
-    return None if budget is None else parse_bytes(budget)
+
+def _less(limit: int | None, nbytes: int) -> int | None:
+    return None if limit is None else max(0, limit - nbytes)

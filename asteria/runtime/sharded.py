@@ -9,7 +9,7 @@ from torch import Tensor
 from asteria.runtime.guard import DeviceGuard, finite_flags, surely_finite
 from asteria.runtime.owners import places
 from asteria.runtime.records import ParameterRecord
-from asteria.runtime.sharded_state import saved_whole, show_shards
+from asteria.runtime.sharded_state import handed_over, saved_whole, show_shards
 from asteria.runtime.wholes import Wholes
 
 __all__ = ["ShardedParameters"]
@@ -45,23 +45,23 @@ class ShardedParameters:
             return records, saved
         found = places([*self._exact, *arrivals])
         moved = [record for record in _in_order(self._exact) if _place(record) != found[record]]
-        states = {**saved, **{record: dict(record.facade or {}) for record in moved}}
+        states: dict[ParameterRecord, Mapping[str, Tensor]] = dict(saved)
+        states |= {record: handed_over(record, found[record].owner) for record in moved}
         discard(moved)
-        arrivals += moved
-        for record in arrivals:
+        for record in (*arrivals, *moved):
             if record.sharding is not None:
                 record.sharding.owner, record.sharding.cuts = found[record]
         for record in _in_order(arrivals):
-            if record in states:
-                states[record] = saved_whole(record, states[record])
-        self._exact.update(arrivals)
+            if record in saved:
+                states[record] = saved_whole(record, saved[record])
+        self._exact.update(arrivals, moved)
         return [*records, *moved], states
 
-    def show(self, records: Iterable[ParameterRecord], *, asynchronous: bool) -> None:
+    def show(self, records: Iterable[ParameterRecord]) -> None:
         """Let the facades of sharded ones show their state."""
         for record in records:
             if record.sharding is not None:
-                show_shards(record, asynchronous=asynchronous)
+                show_shards(record)
 
     @property
     def elsewhere(self) -> set[ParameterRecord]:
@@ -75,12 +75,17 @@ class ShardedParameters:
         self.wholes.forget(gone)
 
     def judge(
-        self, records: Sequence[ParameterRecord], guard: DeviceGuard | None, *, parameters: int
+        self,
+        records: Sequence[ParameterRecord],
+        guard: DeviceGuard,
+        *,
+        parameters: int,
+        ready: bool,
     ) -> tuple[list[str], Tensor | None]:
         """(names of those with a non-finite gradient on any rank, gate); all ranks get the same.
 
-        A ``guard`` gates a step on devices without waiting for them, and nothing is known then.
-        ``parameters``: how many the optimizer has. Raises CoherenceError.
+        On devices that are ``ready`` the ``guard`` gates the step without waiting for them, and
+        nothing is known yet. ``parameters``: how many the optimizer has. Raises CoherenceError.
         """
         gradients = [
             gradient if gradient.numel() else gradient.new_zeros(1)
@@ -89,7 +94,7 @@ class ShardedParameters:
         ]
         council = self.wholes.council(records)
         on_host = all(gradient.is_cpu for gradient in gradients)
-        if guard is not None and not on_host:
+        if ready and not on_host:
             names = [record.name for record in records]
             return [], guard.gate(gradients, names, council.reduce_flags_)
         bad: list[int] = []

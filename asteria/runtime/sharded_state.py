@@ -25,29 +25,34 @@ from asteria.runtime.records import ParameterRecord, Route, state_dtype
 from asteria.runtime.shadows import shadow_shapes
 from asteria.runtime.sharding import Sharding
 
-__all__ = ["alike", "saved_whole", "show_shards", "stepped_state"]
+__all__ = ["alike", "handed_over", "saved_whole", "show_shards", "stepped_state"]
 
 _COUNTERS = ("step", "born")
 """What every rank knows by itself."""
-_TABLES = ("version", "lands")
-"""How the keys of small tensors end that every rank shows as they are."""
+_TABLES = ("version",)
+"""Small tensors of the owner's that every rank shows as they are."""
+_COUNTS = ("step", "born", "version", "lands")
+"""How the keys of counters end, which are float32."""
 _MOST_DIMS = 8
 
 
-def show_shards(record: ParameterRecord, *, asynchronous: bool) -> None:
+def show_shards(record: ParameterRecord) -> None:
     """Let ``record.facade`` show the state of a sharded parameter, whoever has it.
 
-    ``asynchronous``: refreshes may be in flight.
+    What is in flight only its owner, or the rank with the shard, shows: it has no fixed shape.
     """
-    keys = list(record.route.entry_shapes(record.shape))
-    if asynchronous:
-        keys += shadow_shapes(record.route, 1)
-    record.facade = Entries()
-    for key in keys:
-        if _sharding(record).exact:
-            record.facade.put_away(key, _whole_reader(record, key))
+    sharding = _sharding(record)
+    facade = record.facade if record.facade is not None else Entries()
+    record.facade = facade
+    facade.clear()
+    for key in record.route.entry_shapes(record.shape):
+        if sharding.exact:
+            facade.put_away(key, _whole_reader(record, key))
         else:
-            record.facade.put_away(_local_key(record, key), _local_reader(record, key))
+            facade.put_away(_local_key(record, key), _local_reader(record, key))
+    for key in record.in_flight if sharding.is_here else ():
+        name = key if sharding.exact else _local_key(record, key)
+        record.entries.lend(key, facade, name)
 
 
 def _sharding(record: ParameterRecord) -> Sharding:
@@ -74,16 +79,12 @@ def _spread(record: ParameterRecord, key: str) -> Tensor:
         return record.entries[key]
     sharding = _sharding(record)
     layout, owner = sharding.layout, sharding.owner
-    group = group_of(layout.ranks)
     whole = record.entries[key] if sharding.is_here else None
-    # How many refreshes can be in flight is the owner's to know.
-    known = record.route.entry_shapes(record.shape).get(key, () if whole is None else whole.shape)
-    shape = tuple(group.tell(known, owner, most=_MOST_DIMS))
-    together = not shape or key.endswith(_TABLES)
+    shape = record.route.entry_shapes(record.shape)[key]
+    together = not shape or key in _TABLES
     everything = tuple(slice(0, size) for size in shape)
     boxes = (everything,) * len(layout.ranks) if together else layout.boxes_of(shape)
-    dtype = torch.float32 if key.endswith(_TABLES) else state_dtype(record.parameter)
-    kind = dtype, record.device
+    kind = _dtype(key, record), record.device
     parcels = [
         Parcel(
             owner,
@@ -94,9 +95,41 @@ def _spread(record: ParameterRecord, key: str) -> Tensor:
         )
         for target in (range(len(layout.ranks)) if sharding.is_here else [layout.here])
     ]
-    transit = group.exchange.send([kind], parcels, f"reading {key} of {record.name}")
+    exchange = group_of(layout.ranks).exchange
+    transit = exchange.send([kind], parcels, f"reading {key} of {record.name}")
     (part,) = transit.wait().values()
     return part if together else layout.show(part, shape)
+
+
+def handed_over(record: ParameterRecord, owner: int) -> dict[str, Tensor]:
+    """The state for a new ``owner``, what is in flight too; other ranks keep the counters.
+
+    All ranks call this together, while the old owner still has it.
+    """
+    sharding = _sharding(record)
+    layout, source = sharding.layout, sharding.owner
+    entries, group = record.entries, group_of(layout.ranks)
+    keys = [*record.route.entry_shapes(record.shape), *shadow_shapes(record.route, 1)]
+    found = {key: entries[key] for key in keys if key in (*_COUNTERS, *_TABLES)}
+    if owner == source:
+        return {key: entries[key].clone() for key in keys} if sharding.is_here else found
+    parcels: list[Parcel] = []
+    names = [key for key in keys if key not in _COUNTERS]
+    dtypes = [_dtype(key, record) for key in names]
+    for key, dtype in zip(names, dtypes, strict=True):
+        value = entries[key].to(record.device) if sharding.is_here else None
+        # Only the owner knows how much is in flight.
+        shape = tuple(group.tell(() if value is None else value.shape, source, most=_MOST_DIMS))
+        parcels.append(Parcel(source, owner, shape, (dtype, record.device), value))
+    taking_part = layout.here in (source, owner)
+    kinds = [(dtype, record.device) for dtype in dtypes]
+    what = f"handing over the state of {record.name}"
+    transit = group.exchange.send(kinds, parcels if taking_part else [], what)
+    return found | {names[place]: part for place, part in transit.wait().items()}
+
+
+def _dtype(key: str, record: ParameterRecord) -> torch.dtype:
+    return torch.float32 if key.endswith(_COUNTS) else state_dtype(record.parameter)
 
 
 def saved_whole(record: ParameterRecord, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +145,7 @@ def saved_whole(record: ParameterRecord, saved: Mapping[str, Tensor]) -> dict[st
     kinds = []
     for key, value in saved.items():
         if not is_sharded(value):
-            if sharding.is_here or key in _COUNTERS or key == "version":
+            if sharding.is_here or key in (*_COUNTERS, *_TABLES):
                 found[key] = value
             continue
         part, boxes = layout.part_of(value).to(record.device), layout.boxes_of(value.shape)

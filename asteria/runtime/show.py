@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from asteria.runtime.extents import Extent
+from asteria.runtime.promises import Promises
 from asteria.runtime.records import ParameterRecord
 from asteria.store.cell import Home
+from asteria.store.distant import Source
 from asteria.store.layout import Life
+from asteria.store.sources import JoinedSource, ZeroSource
 
 __all__ = ["show"]
 
@@ -24,11 +27,13 @@ class _Part(NamedTuple):
     stop: int
 
 
-def show(extents: Iterable[Extent]) -> None:
+def show(extents: Iterable[Extent], promises: Promises | None = None) -> None:
     """Let the entries of all records show their blocks; ``extents`` are all that there are.
 
-    What is at home on the device in one piece is a view; the rest is read when asked for.
+    What is at home on the device in one piece is a view; the rest is read when asked for, and
+    shown in state dicts by ``promises``.
     """
+    promises = promises or Promises()
     parts: dict[ParameterRecord, dict[str, list[_Part]]] = {}
     for extent in extents:
         for tile in extent.tiles:
@@ -43,7 +48,8 @@ def show(extents: Iterable[Extent]) -> None:
         for suffix, mine in by_suffix.items():
             for life, cell in mine[0].extent.cells.items():
                 for spec in cell.layout.fields:
-                    _show(record, spec.name, suffix, mine, life, shapes[spec.name + suffix])
+                    key = spec.name + suffix
+                    _show(record, (spec.name, suffix), mine, life, shapes[key], promises)
         record.shown = tuple(
             (key, None if record.entries.is_away(key) else record.entries[key]) for key in shapes
         )
@@ -51,15 +57,17 @@ def show(extents: Iterable[Extent]) -> None:
 
 def _show(
     record: ParameterRecord,
-    name: str,
-    suffix: str,
+    key: tuple[str, str],
     parts: list[_Part],
     life: Life,
     shape: tuple[int, ...],
+    promises: Promises,
 ) -> None:
+    name, suffix = key
     cell = parts[0].extent.cells[life]
     if len(parts) > 1 or cell.home is not Home.DEVICE:
-        record.entries.put_away(name + suffix, _reader(name, parts, life, shape))
+        elsewhere = _Elsewhere(name, parts, life, shape, promises)
+        record.entries.put_away(name + suffix, elsewhere.read, elsewhere.promise)
         return
     if cell.near is None:
         parts[0].extent.acquire([life])
@@ -68,15 +76,59 @@ def _show(
     record.entries[name + suffix] = cell.window(parts[0].start, parts[0].stop)[name].view(shape)
 
 
-def _reader(
-    name: str, parts: list[_Part], life: Life, shape: tuple[int, ...]
-) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        values = []
-        for extent, start, stop in parts:
-            if life is Life.SUM:
-                extent.settle()
-            values.append(extent.door.read(extent.cells[life])[name][start:stop])
-        return (values[0] if len(values) == 1 else torch.cat(values)).reshape(shape)
+class _Elsewhere:
+    """One tensor whose blocks are not a view: where they are, and how to get them."""
 
-    return read
+    def __init__(
+        self,
+        name: str,
+        parts: list[_Part],
+        life: Life,
+        shape: tuple[int, ...],
+        promises: Promises,
+    ) -> None:
+        self._name = name
+        self._parts = parts
+        self._life = life
+        self._shape = shape
+        self._promises = promises
+
+    def read(self) -> Tensor:
+        """The values of now, in memory of their own."""
+        values = []
+        for part in self._settled():
+            fields = part.extent.door.read(part.extent.cells[self._life])
+            values.append(fields[self._name][part.start : part.stop].to(self._device))
+        # In memory of its own: who saves a view saves all that it is a view of.
+        whole = values[0].clone() if len(values) == 1 else torch.cat(values)
+        return whole.reshape(self._shape)
+
+    def promise(self) -> Tensor:
+        """A tensor that reads the values of now when they are needed."""
+        promises, dtype = self._promises, self._parts[0].extent.dtype
+        sources: list[Source] = []
+        for part in self._settled():
+            cell = part.extent.cells[self._life]
+            lease = part.extent.door.stored(cell)
+            if lease is not None:
+                place = (self._name, part.start, part.stop)
+                sources.append(promises.field(lease, cell.layout, *place))
+            elif cell.is_blank:
+                shape = cell.layout.shape_of(self._name)
+                sources.append(ZeroSource((part.stop - part.start, *shape), dtype))
+            else:
+                return promises.borrowed(self.read, self._shape, dtype, self._device)
+        return promises.stored(JoinedSource(sources, self._shape), self._shape, dtype)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where whoever asks gets them."""
+        cells = [part.extent.cells[self._life] for part in self._parts]
+        near = all(cell.home is Home.DEVICE for cell in cells)
+        return self._parts[0].extent.device if near else torch.device("cpu")
+
+    def _settled(self) -> list[_Part]:
+        if self._life is Life.SUM:
+            for part in self._parts:
+                part.extent.settle()
+        return self._parts

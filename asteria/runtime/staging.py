@@ -9,7 +9,7 @@ from asteria.hooks.gradients import GradientHooks
 from asteria.refresh.pipeline import Flight, Pipeline
 from asteria.runtime.host_refresh import Refreshed
 from asteria.runtime.records import ParameterRecord
-from asteria.runtime.transfer import Link, link_to
+from asteria.runtime.transfer import Link, in_memory, link_to
 from asteria.runtime.units import Unit
 
 __all__ = ["Stager"]
@@ -57,7 +57,7 @@ class Stager:
             return
         for ordinal in range(len(record.route.tiles)):
             for flight in self._pipeline.ready(Unit(record, ordinal), record.steps):
-                if flight not in self._staged and flight.job.succeeded:
+                if flight not in self._staged and _travels(flight):
                     self._staged[flight] = self._stage(flight, self.link(record.device))
 
     def _stage(self, flight: Flight[Refreshed], link: Link) -> list[Tensor | None]:
@@ -66,6 +66,10 @@ class Stager:
 
     def on_device(self, flight: Flight[Refreshed], device: torch.device) -> list[Tensor | None]:
         """The new bases of every mode, for use by the device's next work."""
+        outcome = flight.job.outcome()
+        if outcome.pending is not None:
+            outcome.join()
+            return [None if basis is None else in_memory(basis) for basis in outcome.bases]
         link = self.link(device)
         fresh = self._staged.pop(flight, None)
         if fresh is None:
@@ -76,3 +80,8 @@ class Stager:
     def drop(self, flight: Flight[Refreshed]) -> None:
         """The flight will not be installed."""
         self._staged.pop(flight, None)
+
+
+def _travels(flight: Flight[Refreshed]) -> bool:
+    """Whether there is anything to be moved to the device."""
+    return flight.job.succeeded and flight.job.outcome().pending is None

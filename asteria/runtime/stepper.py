@@ -10,15 +10,18 @@ from asteria.algorithms.adam import largest_ratio
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import StoreError
+from asteria.linalg.method import chosen_method
 from asteria.refresh.schedule import is_due, is_young_step, young_steps
 from asteria.runtime.background import BackgroundRefresher
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.claims import ledger_steps
 from asteria.runtime.governor import Governor
+from asteria.runtime.guard import gate_on
 from asteria.runtime.inline import InlineRefresher
 from asteria.runtime.records import ParameterRecord, Tile
 from asteria.runtime.units import Unit, Units, unit_of
 from asteria.runtime.updater import Updater, moves
+from asteria.runtime.verdicts import Verdicts
 from asteria.store.cell import Cell
 from asteria.store.layout import Life
 from asteria.telemetry.counters import Counters
@@ -38,6 +41,7 @@ class Stepper:
         config: RuntimeConfig,
         counters: Counters,
         units: Units,
+        verdicts: Verdicts,
         background: BackgroundRefresher | None,
         governor: Governor,
         clock: Callable[[], float],
@@ -46,7 +50,7 @@ class Stepper:
         self._config = config
         self._counters = counters
         self._units = units
-        self._inline = InlineRefresher(config, counters, units)
+        self._inline = InlineRefresher(config, counters, units, verdicts)
         self._background = background
         self._governor = governor
         self._clock = clock
@@ -55,10 +59,6 @@ class Stepper:
         self._done: dict[ParameterRecord, set[Unit]] = {}
         """Tiles of records that an interrupted step has begun and not ended."""
         self._round_s = 0.0
-
-    def device_failures(self) -> int:
-        """Failed refreshes that only the devices know of; waits for them."""
-        return self._inline.device_failures()
 
     def is_done(self, tile: Tile) -> bool:
         """Whether an interrupted step has taken care of the tile."""
@@ -116,9 +116,8 @@ class Stepper:
             changed.update(self._updater.update_(chunk, lives, updates, gate))
             if Life.SUM in lives and moves(self._config.start, chunk):
                 prompt = self._refresh_(chunk, gate, changed)
-            if prompt is not None and self._launcher.copies_from_device(chunk):
-                self._launcher.launch_due(chunk, prompt=prompt)
-                prompt = None
+            if prompt is not None:
+                self._asynchronous.launcher.launch_held(chunk, prompt=prompt)
         except StoreError:
             raise  # which comes before anything else has changed
         except BaseException:
@@ -129,7 +128,7 @@ class Stepper:
                 extent.ledger.close()
             extent.release(lives, changed)
         if prompt is not None:
-            self._launcher.launch_due(chunk, prompt=prompt)
+            self._asynchronous.launcher.launch_due(chunk, prompt=prompt)
 
     def cells(self, chunk: Chunk) -> list[Cell]:
         """What the chunk's next step is going to acquire, in order."""
@@ -152,7 +151,7 @@ class Stepper:
                 return True
         if self._refreshes_now(chunk):
             return True
-        return self._background is not None and self._background.launches(chunk)
+        return self._background is not None and self._background.launcher.launches(chunk)
 
     def _refreshes_now(self, chunk: Chunk) -> bool:
         """Whether the step refreshes the chunk after the update, before it ends."""
@@ -169,16 +168,16 @@ class Stepper:
         return self._config.start == "fresh" and chunk.age + 1 < steps
 
     @property
-    def _launcher(self) -> BackgroundRefresher:
+    def _asynchronous(self) -> BackgroundRefresher:
         if self._background is None:
-            raise RuntimeError("there is nothing to launch refreshes with")
+            raise RuntimeError("there are no refreshes beside the training")
         return self._background
 
     def _install_(self, chunk: Chunk) -> None:
         start = self._clock()
         bound = _bound(self._config.start, chunk.hyper)
         pair = self._updater.pair(chunk)
-        self._launcher.install_(chunk, chunk.state(_MOVED), pair, bound=bound)
+        self._asynchronous.install_(chunk, chunk.state(_MOVED), pair, bound=bound)
         end = self._clock()
         self._counters.install_s += end - start
         self._draw("installs", "install", start, end)
@@ -216,13 +215,12 @@ class Stepper:
     def _refresh_now_(self, chunk: Chunk, gate: Tensor | None) -> None:
         start = self._clock()
         first = all(t.record.versions[t.plan.ordinal] <= t.record.born for t in chunk.tiles)
-        exact = self._config.refresh_method == "eigh" or (self._config.start == "adam" and first)
-        if gate is not None:
-            extent = chunk.extent
-            gate = gate.to(device=extent.device, dtype=extent.dtype, non_blocking=True)
+        config = self._config
+        method = chosen_method(config.refresh_method, start=config.start, first=first)
+        gate = gate_on(gate, chunk.extent.device, chunk.extent.dtype)
         bound = _bound(self._config.start, chunk.hyper)
         pair = self._updater.pair(chunk)
-        self._inline.refresh_(chunk, chunk.state(), pair, gate, exact=exact, bound=bound)
+        self._inline.refresh_(chunk, chunk.state(), pair, gate, method=method, bound=bound)
         end = self._clock()
         self._counters.refresh_s += end - start
         self._round_s += end - start

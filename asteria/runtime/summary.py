@@ -7,7 +7,6 @@ from dataclasses import replace
 from asteria.runtime.background import BackgroundRefresher
 from asteria.runtime.governor import Governor
 from asteria.runtime.residence import Residence
-from asteria.runtime.stepper import Stepper
 from asteria.runtime.units import Units
 from asteria.telemetry.counters import Counters, Stats
 
@@ -17,15 +16,12 @@ __all__ = ["summarize"]
 def summarize(
     counted: Counters,
     units: Units,
-    stepper: Stepper,
     background: BackgroundRefresher | None,
     governor: Governor,
     residence: Residence,
 ) -> Stats:
-    """What was done so far; waits for the devices' counters."""
+    """What was done so far, as far as devices have told."""
     failures = dict(counted.failures)
-    if on_devices := stepper.device_failures():
-        failures["on the device"] = on_devices
     pipeline = None if background is None else background.pipeline
     return Stats(
         steps=counted.steps,
@@ -44,7 +40,8 @@ def summarize(
         refresh_s=counted.refresh_s,
         install_s=counted.install_s,
         worker_s=counted.worker_s,
-        host_utilization=background.utilization() if background else 0.0,
+        device_s=counted.device_s,
+        host_utilization=background.launcher.utilization() if background else 0.0,
         sustainable_period=governor.affordable_period(),
         young_rounds=len(counted.young_steps),
         tier_bytes=residence.bytes_at,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ class TierLink(HostLink):
 
 
 class _DeviceSnapshot:
-    def __init__(self, host: Tensor, arrived: torch.Event) -> None:
+    def __init__(self, host: Tensor, arrived: Any) -> None:
         self._host = host
         self._arrived = arrived
 
@@ -138,25 +138,28 @@ class _DeviceSnapshot:
 
 
 class DeviceLink:
-    """For parameters on an accelerator: copies on a side stream, from and to pinned memory."""
+    """For parameters on an accelerator: copies on side streams, from and to pinned memory.
+
+    One for each direction: an install must not wait for snapshots that go the other way.
+    """
 
     travels = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.Stream(device)
+        self._up = torch.Stream(device)
+        self._down = torch.Stream(device)
 
     def snapshot(self, tensor: Tensor, *, copy: bool) -> Snapshot:
         """See `Link`. The device keeps a copy until it has travelled, so ``copy`` is no choice."""
         kept = tensor.clone()
         # In the memory order of the device, so that the transfer is one piece.
         host = torch.empty_like(kept, device="cpu", pin_memory=True)
-        self._stream.wait_stream(torch.accelerator.current_stream(self._device))
-        with current_stream(self._stream):
+        self._down.wait_stream(torch.accelerator.current_stream(self._device))
+        with current_stream(self._down):
             host.copy_(kept, non_blocking=True)
-            arrived = torch.Event(self._device, blocking=True)  # a spinning worker takes a core
-            arrived.record(self._stream)
-        kept.record_stream(self._stream)
+            arrived = _event_to_wait_for(self._device)
+        kept.record_stream(self._down)
         return _DeviceSnapshot(host, arrived)
 
     def outgoing(self, tensor: Tensor) -> Result:
@@ -168,15 +171,29 @@ class DeviceLink:
 
     def stage(self, result: Result) -> Tensor:
         """See `Link`. The result belongs to the side stream until `arrived`."""
-        with current_stream(self._stream):
+        with current_stream(self._up):
             return in_memory(result).to(self._device, non_blocking=True)
 
     def arrived(self, staged: Iterable[Tensor]) -> None:
         """See `Link`."""
         stream = torch.accelerator.current_stream(self._device)
-        stream.wait_stream(self._stream)
+        stream.wait_stream(self._up)
         for tensor in staged:
             tensor.record_stream(stream)
+
+
+def _event_to_wait_for(device: torch.device) -> Any:
+    """The end of what the current stream of ``device``, the current device, is asked to so far.
+
+    A worker that waits for it sleeps: to spin would take a core. (``torch.Event`` takes
+    ``blocking``, and does nothing with it.)
+    """
+    if device.type == "cuda":
+        event: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    else:
+        event = torch.Event(device)
+    event.record()
+    return event
 
 
 def in_memory(result: Result) -> Tensor:

@@ -106,6 +106,12 @@ class Units:
         self._memories[unit].used_from = unit.record.steps + 1
         unit.record.set_version(unit.ordinal, version)
 
+    def kept(self, unit: Unit, *, before: int, version: int) -> None:
+        """Bases of ``version`` were taken for installed, and turn out to be those of ``before``."""
+        self._memories[unit].attempted = max(self._memories[unit].attempted, version)
+        if unit.record.versions[unit.ordinal] == version:
+            unit.record.set_version(unit.ordinal, before)
+
     def begin_step(self) -> Callable[[], None]:
         """How to take back what `replaced` is told from now to the next step."""
         replacements: list[tuple[Unit, int, int]] = []

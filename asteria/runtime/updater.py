@@ -12,6 +12,7 @@ from asteria.algorithms.algorithm import Algorithm, BlockState, Pair, fold_
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.linalg.scratch import Scratch
 from asteria.runtime.chunks import Chunk, Update
+from asteria.runtime.guard import gate_on
 from asteria.runtime.ledger import Ledger
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.rows import parts_of, state_of
@@ -40,7 +41,7 @@ class Updater:
 
     def begin_(self, chunk: Chunk, lives: Sequence[Life], gate: Tensor | None) -> None:
         """First statistics, from the first gradient."""
-        state, gate = chunk.state(lives), _near(gate, chunk)
+        state, gate = chunk.state(lives), gate_on(gate, chunk.extent.device, chunk.extent.dtype)
         for number, (part, rows) in enumerate(parts_of(chunk)):
             own = state_of(state, rows, chunk.shape)
             gradient = gather(part, self._scratch, gate)
@@ -71,7 +72,11 @@ class Updater:
         gate: Tensor | None,
     ) -> Iterable[Life]:
         """Moments, weights and factors; returns what has changed."""
-        state, parts, gate = chunk.state(lives), parts_of(chunk), _near(gate, chunk)
+        state, parts, gate = (
+            chunk.state(lives),
+            parts_of(chunk),
+            gate_on(gate, chunk.extent.device, chunk.extent.dtype),
+        )
         noted = chunk.extent.ledger if chunk.begun and Life.SUM not in lives else None
         for part, rows in parts:
             gradient, own = gather(part, self._scratch, gate), state_of(state, rows, chunk.shape)
@@ -142,10 +147,3 @@ def scale_of(start: str, record: ParameterRecord, hyper: Hyperparameters) -> flo
 def moves_at_once(start: str, rule: Algorithm) -> bool:
     """Whether the first gradient already advances the moments."""
     return start == "adam" or (start == "fresh" and not rule.has_bases)
-
-
-def _near(gate: Tensor | None, chunk: Chunk) -> Tensor | None:
-    extent = chunk.extent
-    if gate is None:
-        return None
-    return gate.to(device=extent.device, dtype=extent.dtype, non_blocking=True)

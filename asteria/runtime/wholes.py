@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed
@@ -47,6 +47,30 @@ class Wholes:
         if all(set(ranks) <= set(largest) for ranks in meshes):
             return group_of(largest)
         return group_of(tuple(range(torch.distributed.get_world_size())))
+
+    def step(
+        self,
+        updates: Updates,
+        gate: Tensor | None,
+        own: Callable[[Updates, Tensor | None], None],
+        ended: set[ParameterRecord],
+    ) -> None:
+        """A step of which ``own`` is what this rank does by itself; it begins with `arrive`.
+
+        Raises what ``own`` raises, on the other ranks a CoherenceError. The next step on all ranks
+        completes it then, and ``ended`` has what it is not to do again.
+        """
+        self.begin(updates)
+        try:
+            own(updates, gate)
+        except Exception:
+            self.fail(updates)
+            raise
+        try:
+            self.finish(updates, gate)
+        except CoherenceError:
+            ended.update(updates)
+            raise
 
     def begin(self, updates: Updates) -> None:
         """Begin to send the gradients of exact parameters to their owners.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import sys
@@ -57,11 +58,16 @@ def pinned_memory(nbytes: int) -> Tensor:
     if not torch.cuda.is_available():
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
     mapping = _mapping(nbytes)
+    if hasattr(mmap, "MADV_DONTFORK"):
+        # A forked child that shares the pages would make the host's next write go to other ones
+        # than those that the device knows.
+        mapping.madvise(mmap.MADV_DONTFORK)
     tensor = torch.frombuffer(mapping, dtype=torch.uint8)
     driver = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     address = tensor.data_ptr()
     status = int(driver.cudaHostRegister(address, nbytes, 0))
     if status != 0:
+        _forget_error()
         raise StoreFullError(
             f"{nbytes} bytes of page-locked host memory were asked for, the driver refused (error "
             f"{status}): raise the limit of locked memory (ulimit -l), or set "
@@ -71,6 +77,15 @@ def pinned_memory(nbytes: int) -> Tensor:
     storage = tensor.untyped_storage()
     weakref.finalize(storage, _unlock, driver, address, mapping)
     return tensor
+
+
+def _forget_error() -> None:
+    """Let no later operation be taken for the one that has failed: CUDA keeps its latest error.
+
+    The next launch of a kernel finds it, and it is gone.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def _unlock(driver: object, address: int, mapping: mmap.mmap) -> None:

@@ -131,6 +131,14 @@ class Door:
         """What holds the cell's present values on NVMe, now or when it is written."""
         return cell.writing if cell.dirty else cell.lease
 
+    def stored(self, cell: Cell) -> Lease | None:
+        """What holds the cell's present values on NVMe for good, if they are there.
+
+        Waits for the cell's own write.
+        """
+        self._homeward.wait_for(cell)
+        return None if cell.dirty else cell.lease
+
     def move(self, cell: Cell, home: Home) -> None:
         """Give a cell that nobody uses another home; it may be on its way for a while.
 

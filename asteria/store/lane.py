@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DeviceLane", "Lane", "Marker", "current_stream"]
+__all__ = ["DeviceLane", "Lane", "Marker", "current_stream", "stream_of"]
 
 
 class Marker(Protocol):
@@ -68,9 +68,17 @@ class DeviceLane:
         return self._down.record_event()
 
 
+def stream_of(device: torch.device) -> torch.Stream | None:
+    """Where the calling thread's work on ``device`` goes; None for the host."""
+    return None if device.type == "cpu" else torch.accelerator.current_stream(device)
+
+
 @contextlib.contextmanager
-def current_stream(stream: torch.Stream) -> Iterator[None]:
-    """Issue work on ``stream``; a Stream is no context manager before torch 2.7."""
+def current_stream(stream: torch.Stream | None) -> Iterator[None]:
+    """Issue work on ``stream``, if any; a Stream is no context manager before torch 2.7."""
+    if stream is None:
+        yield
+        return
     device = torch.accelerator.current_device_index()
     before = torch.accelerator.current_stream(stream.device)
     torch.accelerator.set_stream(stream)  # which also makes its device the current one

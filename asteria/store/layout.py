@@ -61,6 +61,10 @@ class Layout:
         self.nbytes = end
         """Of the whole piece, gaps between fields included."""
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of one block of a field."""
+        return next(field.shape for field in self.fields if field.name == name)
+
     def views(self, memory: Tensor) -> dict[str, Tensor]:
         """The fields that lie in ``memory``, (nbytes,) uint8, by name."""
         return {

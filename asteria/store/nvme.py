@@ -135,6 +135,7 @@ class NvmeTier:
             StoreFullError: the budget or the disk does not have them; nothing has changed.
             StoreError: the disk refuses for another reason, or the tier is closed.
         """
+        self._drop_given_up()
         with self._usable():
             pass
         self._room.reserve(padded_bytes(nbytes))

@@ -7,23 +7,38 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = ["device_free_bytes", "host_free_bytes", "reserve_bytes", "shares_host_memory"]
+__all__ = [
+    "device_free_bytes",
+    "host_free_bytes",
+    "host_total_bytes",
+    "reserve_bytes",
+    "shares_host_memory",
+]
 
 _CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+_RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
+"""What the kernel takes back from a container before it kills anybody."""
 _RESERVE_SHARE = 0.05
 
 
 def host_free_bytes() -> int:
     """Host memory that can be had without swapping, within the limit of the container."""
     free = int(psutil.virtual_memory().available)
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for limit, usage in _LIMITS:
         most, used = _number(_CGROUP / limit), _number(_CGROUP / usage)
         if most is not None and used is not None:
             free = min(free, max(0, most - used + _reclaimable()))
     return free
+
+
+def host_total_bytes() -> int:
+    """Host memory there is, within the limit of the container."""
+    limits = [_number(_CGROUP / limit) for limit, _ in _LIMITS]
+    return min([int(psutil.virtual_memory().total), *(most for most in limits if most is not None)])
 
 
 def device_free_bytes(device: torch.device) -> int:
@@ -40,7 +55,7 @@ def reserve_bytes(device: torch.device | None = None) -> int:
     if device is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     else:
-        total = psutil.virtual_memory().total
+        total = host_total_bytes()
     return int(total * _RESERVE_SHARE)
 
 
@@ -58,7 +73,7 @@ def _reclaimable() -> int:
             lines = (_CGROUP / name).read_text(encoding="ascii").splitlines()
         except (OSError, ValueError):
             continue
-        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        return sum(int(line.split()[1]) for line in lines if line.split()[0] in _RECLAIMABLE)
     return 0
 
 

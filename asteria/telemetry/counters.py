@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Counters", "Stats", "Traffic"]
+__all__ = ["Counters", "LinkTraffic", "Network", "Stats", "Traffic", "Waited"]
 
 
 @dataclass(slots=True)
@@ -31,6 +31,45 @@ class Traffic:
     """Moved one tier down because free memory was short."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkTraffic:
+    """What one rank has sent and received over one class of links."""
+
+    sent_bytes: int = 0
+    sent_messages: int = 0
+    received_bytes: int = 0
+    received_messages: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waited:
+    """Waits of one rank's step() for another rank."""
+
+    rank: int
+    """Of the other one, in the process group."""
+    link: str
+    cause: str
+    """``"basis"``, ``"delivery"``, ``"agreement"`` or ``"state"``."""
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """What one rank has to do with the others."""
+
+    rank: int = 0
+    """In the process group; 0 also for a process that is alone."""
+    ranks: int = 1
+    """That share the factors and refreshes."""
+    owned_units: int = 0
+    """Units (tiles of parameters) whose factors this rank keeps and refreshes."""
+    links: Mapping[str, LinkTraffic] = field(default_factory=dict)
+    """``"intra"`` (within a node) and ``"inter"`` (between nodes) -> what has crossed them."""
+    waits: tuple[Waited, ...] = ()
+    """The longest first."""
+
+
 @dataclass(slots=True)
 class Counters:
     """What is counted while an optimizer works. For the training thread."""
@@ -48,6 +87,7 @@ class Counters:
     refresh_s: float = 0.0
     install_s: float = 0.0
     worker_s: float = 0.0
+    device_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +128,8 @@ class Stats:
     """Seconds of step() spent on making new bases live."""
     worker_s: float
     """Seconds that worker threads spent on refreshes that were installed."""
+    device_s: float
+    """Seconds that devices spent, beside the training, on refreshes that were installed."""
     host_utilization: float
     """The same as a share of the workers' time since the first launch."""
     sustainable_period: int

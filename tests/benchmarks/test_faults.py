@@ -62,7 +62,7 @@ def refresh_of(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Job[An
     factor = root @ root.mT
 
     def work() -> Any:
-        return host_refresh.verified_refresh(factor, basis, exact=False, sort=True)
+        return host_refresh.verified_refresh(factor, basis, method="qr", sort=True)
 
     return basis, Job(work, name="a refresh", urgency=(0,))
 

@@ -35,8 +35,8 @@ DEFAULTS: dict[str, Any] = {
 # Field -> (values that work, values that will work one day).
 CHOICES: dict[str, tuple[list[Any], list[Any]]] = {
     "refresh": (["async", "sync"], []),
-    "refresh_method": (["eigh", "qr", "auto"], ["ldlr"]),
-    "refresh_on": (["host", "auto"], ["device"]),
+    "refresh_method": (["eigh", "qr", "ldlr", "auto"], []),
+    "refresh_on": (["host", "device", "auto"], []),
     "install": (["scheduled", "ready"], []),
     "start": (["fresh", "eigh", "adam"], []),
     "state_dtype": ([torch.float32], [torch.bfloat16]),

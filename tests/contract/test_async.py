@@ -119,7 +119,7 @@ def test_with_ready_the_workers_decide(name: str) -> None:
 
 
 @over_staleness
-@pytest.mark.parametrize("method", ["qr", "eigh"])
+@pytest.mark.parametrize("method", ["qr", "eigh", "ldlr"])
 @over_optimizers
 def test_a_refresh_is_of_the_factors_and_bases_of_its_step(
     name: str, method: Any, staleness: int
@@ -146,7 +146,7 @@ def test_a_refresh_is_of_the_factors_and_bases_of_its_step(
                 expected = verified_refresh(
                     then[f"{p}.factor_{mode}"][None],
                     then[f"{p}.basis_{mode}"].mT.contiguous().mT[None],
-                    exact=method == "eigh",
+                    method=method,
                     sort=sort,
                 ).basis[0]
                 assert_near({"": now[f"{p}.basis_{mode}"]}, {"": expected}, SAME_MATH, now[p].dtype)

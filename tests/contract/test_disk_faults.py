@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,9 @@ def test_the_folder_goes_with_the_optimizer(tmp_path: Path) -> None:
     optimizer.close()
     del optimizer
     gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "asteria close":
+            thread.join()
     assert not list(tmp_path.iterdir())
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from asteria import RefreshError, RuntimeConfig
 from asteria.linalg import verified
 from asteria.linalg.eigenbasis import BasisResult
+from asteria.linalg.method import Method
 from asteria.optim.optimizer import SecondOrderOptimizer
-from asteria.runtime import background
+from asteria.runtime import launcher
 from tests.support.arms import PERIOD, over_optimizers
 from tests.support.asynchronous import GROWN, bases, build, manual
 from tests.support.execution import versions
@@ -41,10 +42,10 @@ class Solver:
         self.in_float64_too = True
         self.dtypes: list[torch.dtype] = []
 
-    def __call__(self, factor: Tensor, basis: Tensor, *, exact: bool, sort: bool) -> BasisResult:
+    def __call__(self, factor: Tensor, basis: Tensor, *, method: Method, sort: bool) -> BasisResult:
         """See `asteria.linalg.verified._attempt`."""
         self.dtypes.append(factor.dtype)
-        result = _attempt(factor, basis, exact=exact, sort=sort)
+        result = _attempt(factor, basis, method=method, sort=sort)
         fails = factor.dtype != torch.float64 or self.in_float64_too
         return self.failure(result, factor) if self.failure and fails else result
 
@@ -128,8 +129,7 @@ def test_a_solver_that_raises_is_a_failure_and_no_crash(
         raise torch.linalg.LinAlgError("no convergence")
 
     optimizer.state_dict()
-    monkeypatch.setattr(verified, "orthogonal_iteration", solve)
-    monkeypatch.setattr(verified, "matched_eigh_basis", solve)
+    monkeypatch.setattr(verified, "refreshed", solve)
     before = bases(optimizer)
     rounds(optimizer, 3, GROWN + 3)
     assert optimizer.stats().failures.keys() == {"no basis"}
@@ -265,7 +265,7 @@ def test_what_a_worker_raises_is_raised_by_the_step_that_would_install(
     train(optimizer, range(GROWN + 3))
     raised = []
     with monkeypatch.context() as patch:
-        patch.setattr(background, "refresh_job", broken_job)
+        patch.setattr(launcher, "host_work", broken_job)
         for step in range(GROWN + 3, GROWN + 3 + 2 * PERIOD):
             set_gradients([p], step)
             if error := refusal(optimizer, Fault):
@@ -290,7 +290,7 @@ def test_a_lost_refresh_does_not_hinder_saving(name: str, monkeypatch: pytest.Mo
     """What failed is told by the step; a checkpoint must be possible before."""
     optimizer, workers = manual(build(name, shapes=ONE))
     train(optimizer, range(GROWN + 1))
-    monkeypatch.setattr(background, "refresh_job", broken_job)
+    monkeypatch.setattr(launcher, "host_work", broken_job)
     train(optimizer, range(GROWN + 1, GROWN + 1 + PERIOD))
     workers.run_all()
     assert not all(job.succeeded for job in workers.done)

@@ -212,8 +212,6 @@ UNKNOWN_RUNTIME: dict[str, list[Any]] = {
     "node_size": [0, "two"],
 }
 NOT_BUILT_YET: dict[str, Any] = {
-    "refresh_method": "ldlr",
-    "refresh_on": "device",
     "state_dtype": torch.bfloat16,
 }
 

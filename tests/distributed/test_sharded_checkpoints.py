@@ -47,10 +47,11 @@ def load(run: Run, path: Path, *, flat: bool = False) -> None:
 
 
 def full(run: Run, **options: bool) -> Arrays:
-    """The whole state as arrays, on rank 0."""
+    """The whole state as arrays, on rank 0, without what is in flight: each owner has its own."""
     options = {"full_state_dict": True, "flatten_optimizer_state_dict": True} | options
     state = get_optimizer_state_dict(run.model, run.optimizer, options=StateDictOptions(**options))
-    return {k: v.numpy().copy() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return {k: v.numpy().copy() for k, v in tensors.items() if ".shadow_" not in k}
 
 
 def saving(rank: int, folder: Path) -> dict[Any, Any]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asteria.linalg.eigenbasis import _is_orthogonal, orthogonal_iteration
+from asteria.linalg.eigenbasis import is_orthogonal, orthogonal_iteration
 from tests.linalg.matrices import (
     ORTHOGONAL,
     assert_usable,
@@ -156,16 +156,16 @@ def test_broken_bases_are_found_out_and_their_neighbours_pass(
 ) -> None:
     bases = rotations(3, size, seed=size, dtype=dtype)
     bases[1] = broken(bases[1], how)
-    assert _is_orthogonal(bases).tolist() == [True, False, True]
+    assert is_orthogonal(bases).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 100, 256, 512])
 def test_what_float32_householder_leaves_is_accepted(size: int) -> None:
     normal = torch.randn(2, size, size, generator=generator(size))
     basis = torch.linalg.qr(normal).Q
-    assert _is_orthogonal(basis).tolist() == [True, True]
+    assert is_orthogonal(basis).tolist() == [True, True]
     flipped = basis.flip(-1) * -1
-    assert _is_orthogonal(flipped).tolist() == [True, True]
+    assert is_orthogonal(flipped).tolist() == [True, True]
 
 
 @pytest.mark.parametrize("size", [1, 2, 16, 128, 512])
@@ -177,11 +177,11 @@ def test_the_bound_is_relative_to_the_root_of_the_size(
     if size == 1:
         stretch *= 0.1 if passes else 10  # there eight probes are few
     bases = (1 + stretch) * rotations(2, size, seed=size)
-    assert _is_orthogonal(bases).tolist() == [passes, passes]
+    assert is_orthogonal(bases).tolist() == [passes, passes]
 
 
 def test_the_check_gives_the_same_answer_every_time() -> None:
     state = torch.random.get_rng_state()
     basis = rotations(2, 16, seed=1)
-    assert _is_orthogonal(basis).tolist() == _is_orthogonal(basis).tolist()
+    assert is_orthogonal(basis).tolist() == is_orthogonal(basis).tolist()
     assert torch.equal(torch.random.get_rng_state(), state), "the user's random numbers are kept"

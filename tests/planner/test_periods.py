@@ -35,6 +35,7 @@ def test_a_round_costs_what_its_factors_cost() -> None:
     assert fresh.first_s == pytest.approx((2 * 1.0 + 2 * 8.0) * 2 / 4)
     assert (fresh.period, fresh.staleness, fresh.oldest_steps) == (10, 2, 12)
     assert planned(refresh_method="eigh").refreshes.round_s == pytest.approx(2 * (1.0 + 8.0))
+    assert planned(refresh_method="ldlr").refreshes.round_s == pytest.approx(2 * ROUND_S)
 
 
 def test_what_a_step_must_take_for_the_period_to_hold() -> None:
@@ -110,8 +111,8 @@ def test_training_leaves_cores_free() -> None:
     [(100, 0.1), (200, 0.4), (50, 0.1 / 8), (400, 3.2), (141, 0.1 * 1.41**2)],
 )
 def test_sizes_between_and_beyond_the_measured_ones(size: int, seconds: float) -> None:
-    assert MACHINE.seconds(size, 2, exact=False) == pytest.approx(seconds, rel=1e-3)
-    assert MACHINE.seconds(size, 1, exact=False) == pytest.approx(2 * seconds, rel=1e-3)
+    assert MACHINE.seconds(size, 2, method="qr") == pytest.approx(seconds, rel=1e-3)
+    assert MACHINE.seconds(size, 1, method="qr") == pytest.approx(2 * seconds, rel=1e-3)
 
 
 @pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), float("inf")])

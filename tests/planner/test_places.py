@@ -188,7 +188,12 @@ def test_budgets_are_those_of_a_run(
     where = torch.device("cpu")
     real.door(where)
     machine = Machine(device_bytes=None if shared else 7000, host_bytes=8000)
-    assert budgets(config, machine, real._working_bytes) == real._budgets(where)
+    found, planned_for = real._budgets(where), budgets(config, machine, real._working_bytes)
+    if shared and not host and not nvme:
+        # A run goes on beyond what is free, into swap; a plan says that it does not fit.
+        assert (planned_for.device_bytes, found.device_bytes) == (8000, None)
+    else:
+        assert planned_for == found
 
 
 def test_a_plan_for_programs_has_plain_values_only() -> None:

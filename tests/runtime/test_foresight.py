@@ -1,14 +1,26 @@
 """State comes near while the backward pass goes on; nothing depends on whether it does."""
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from asteria import SOAP
 from asteria.optim.optimizer import SecondOrderOptimizer
+from asteria.runtime import foresight
 from asteria.store.cell import Cell
 from tests.support.execution import ManualExecutor, directed
-from tests.support.tiers import ARRANGEMENTS, Stores, arranged, cells, limit_extents
+from tests.support.tiers import (
+    ARRANGEMENTS,
+    CheckedLane,
+    CheckedUpload,
+    Stores,
+    arranged,
+    cells,
+    limit_extents,
+)
 from tests.support.training import assert_same_bits, everything
 
 WIDTH = 8
@@ -154,3 +166,33 @@ def test_gradients_that_are_absent_or_surprising_change_no_bit(
         finals.append(everything(optimizer))
     assert_same_bits(finals[1], finals[0])
     assert_same_bits(finals[2], finals[0])
+
+
+def test_what_a_hook_begins_belongs_to_the_stream_that_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A backward pass may run on another one, which does not wait for the last step's work."""
+    now = ["the step's"]
+
+    @contextlib.contextmanager
+    def on(stream: str) -> Iterator[None]:
+        now.append(stream)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(foresight, "stream_of", lambda device: now[-1])
+    monkeypatch.setattr(foresight, "current_stream", on)
+    model, optimizer, stores = built(monkeypatch, "pinned")
+    seen = []
+    upload = CheckedLane.upload
+
+    def watched(lane: CheckedLane, host: Tensor, target: Tensor) -> CheckedUpload:
+        seen.append(now[-1])
+        return upload(lane, host, target)
+
+    monkeypatch.setattr(CheckedLane, "upload", watched)
+    optimizer.zero_grad()
+    loss = model.loss(3)
+    now[0] = "the backward pass's"
+    loss.backward()
+    assert set(seen) == {"the step's"}

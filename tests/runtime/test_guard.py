@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 
 from asteria.errors import NonFiniteGradientError
-from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error, surely_finite
+from asteria.runtime.guard import (
+    DeviceGuard,
+    finite_flags,
+    gate_on,
+    nonfinite_error,
+    surely_finite,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NAN, INF = float("nan"), float("inf")
@@ -170,7 +176,7 @@ def test_a_verdict_that_is_still_on_its_way_keeps_its_place() -> None:
     for name in ("a", "b"):
         guard.gate([torch.tensor([NAN])], [name])
     event = LateEvent()
-    guard._verdicts[0].arrived = event  # type: ignore[assignment]
+    guard._verdicts[0].report._arrived = event
     assert guard.collect() == []
     event.here = True
     assert guard.collect() == [["a"], ["b"]]
@@ -180,6 +186,35 @@ def test_waiting_fetches_every_verdict() -> None:
     guard = DeviceGuard()
     guard.gate([torch.tensor([NAN])], ["a"])
     event = LateEvent()
-    guard._verdicts[0].arrived = event  # type: ignore[assignment]
+    guard._verdicts[0].report._arrived = event
     assert guard.collect(wait=True) == [["a"]]
     assert event.here, "read only once it has arrived"
+
+
+class Sent:
+    """Stands for a tensor on an accelerator; knows how it was sent."""
+
+    def to(self, **how: object) -> "Sent":
+        self.how = how
+        return self
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda:1", False)])
+def test_only_a_host_waits_for_the_gate(device: str, waits: bool) -> None:
+    """It would look at the memory before the copy has arrived."""
+    gate = Sent()
+    assert gate_on(gate, torch.device(device), torch.float64) is gate  # type: ignore[arg-type,comparison-overlap]
+    assert gate.how == {
+        "device": torch.device(device),
+        "dtype": torch.float64,
+        "non_blocking": not waits,
+    }
+    assert gate_on(None, torch.device(device), torch.float32) is None
+
+
+def test_flags_of_mixed_devices_are_brought_together_on_an_accelerator() -> None:
+    """On the host they would be read before they have arrived."""
+    mixed = [torch.ones(2), torch.ones(2, device="meta"), torch.ones(3)]
+    names, flags = finite_flags(["a", "b", "c"], mixed)
+    assert flags.device.type == "meta"
+    assert sorted(names) == ["a", "b", "c"]

@@ -53,6 +53,17 @@ def test_what_is_elsewhere_is_read_anew_each_time(place: str) -> None:
     assert entries_of(optimizer)["exp_avg"] is not entries_of(optimizer)["exp_avg"]
 
 
+@pytest.mark.parametrize("place", ["disk", "pinned"])
+def test_what_is_saved_is_as_large_as_what_is_shown(place: str) -> None:
+    optimizer = SOAP(parameters([(12, 4)] * 6), shampoo_beta=0.5)
+    arranged(optimizer, ARRANGEMENTS[place])
+    train(optimizer, range(3))
+    for position in range(6):
+        for key, value in entries_of(optimizer, position).items():
+            size = value.untyped_storage().nbytes()
+            assert size == value.numel() * value.element_size(), key
+
+
 def test_counters_are_always_near() -> None:
     optimizer = built("disk")
     train(optimizer, range(3))

@@ -1,5 +1,6 @@
 """Memory under a budget is counted to the byte."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -131,3 +132,58 @@ def test_a_device_without_memory_says_what_to_change(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(StoreFullError, match=r"64 bytes .* on cpu.*device_budget"):
         allocate(64)
+
+
+class Driver:
+    """What the CUDA runtime does for pinned memory, and what it remembers."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.locked: dict[int, int] = {}
+        self.latest_error = 0
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.latest_error = self.status
+        if self.status == 0:
+            self.locked[address] = nbytes
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> None:
+        del self.locked[address]
+
+    def launch(self, *_: object, **__: object) -> Tensor:
+        """A kernel is launched, and the latest error is found."""
+        error, self.latest_error = self.latest_error, 0
+        if error:
+            raise RuntimeError(f"CUDA error {error}")
+        return torch.empty(1)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    driver = Driver()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch, "zeros", driver.launch)
+    return driver
+
+
+def test_pinned_memory_is_locked_as_long_as_anybody_holds_it(driver: Driver) -> None:
+    memory = pinned_memory(5000)
+    assert driver.locked == {memory.data_ptr(): 5000}
+    part = memory[:100]
+    del memory
+    gc.collect()
+    assert len(driver.locked) == 1
+    del part
+    gc.collect()
+    assert not driver.locked
+
+
+def test_a_driver_that_locks_no_more_is_a_full_store_and_nothing_else(driver: Driver) -> None:
+    """CUDA keeps its latest error, which would be found by whoever launches a kernel next."""
+    driver.status = 2
+    with pytest.raises(StoreFullError, match=r"5000 bytes of page-locked .*error 2"):
+        pinned_memory(5000)
+    driver.launch()

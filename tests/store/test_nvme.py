@@ -318,6 +318,16 @@ def test_a_reservation_is_taken_and_given_back(tier: NvmeTier) -> None:
     assert ballast.stat().st_size == 5 * PAGE
 
 
+def test_a_reservation_counts_what_was_given_up_as_free(tmp_path: Path) -> None:
+    tier = NvmeTier(tmp_path, budget_bytes=4 * PAGE)
+    slot = tier.put(noise(3 * PAGE))
+    slot.wait()
+    tier.give_up(slot)
+    tier.reserve(4 * PAGE)
+    assert tier.reserved_bytes == 4 * PAGE
+    tier.close()
+
+
 def test_a_reservation_counts_in_the_budget(tmp_path: Path) -> None:
     tier = NvmeTier(tmp_path, budget_bytes=4 * PAGE)
     slot = tier.put(noise(PAGE))

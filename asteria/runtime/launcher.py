@@ -1,0 +1,158 @@
+"""Which refreshes begin after an update, and where: with the workers, or beside the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from asteria.config.runtime import RuntimeConfig
+from asteria.linalg.method import Method, chosen_method
+from asteria.refresh.pipeline import Flight, Pipeline
+from asteria.refresh.schedule import is_due
+from asteria.runtime.chunks import Chunk
+from asteria.runtime.device_refresh import DeviceRefresher
+from asteria.runtime.host_refresh import Refreshed, host_work
+from asteria.runtime.records import Tile
+from asteria.runtime.staging import Stager
+from asteria.runtime.units import Unit, Units, unit_of
+from asteria.telemetry.counters import Counters
+
+__all__ = ["Launcher"]
+
+
+class Launcher:
+    """Launches refreshes of single units. For the training thread."""
+
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        counters: Counters,
+        units: Units,
+        pipeline: Pipeline[Unit, Refreshed],
+        stager: Stager,
+        clock: Callable[[], float],
+    ) -> None:
+        """``clock`` tells seconds as `time.perf_counter`."""
+        self._config = config
+        self._counters = counters
+        self._units = units
+        self._pipeline = pipeline
+        self._stager = stager
+        self._clock = clock
+        self._devices = DeviceRefresher()
+        self._first_launch_s: float | None = None
+        self._launched: list[tuple[Unit, Flight[Refreshed]]] = []
+        """Since `begin_step`."""
+
+    def begin_step(self) -> Callable[[], None]:
+        """How to take back the launches from now to the next step."""
+        launched: list[tuple[Unit, Flight[Refreshed]]] = []
+        self._launched = launched
+
+        def undo() -> None:
+            for unit, flight in launched:
+                self._stager.drop(flight)
+                self._pipeline.cancel(unit, flight)
+
+        return undo
+
+    def launches(self, chunk: Chunk) -> bool:
+        """Whether anything is due after this update of the chunk."""
+        return any(self._is_due(tile, chunk) for tile in chunk.tiles)
+
+    def _is_due(self, tile: Tile, chunk: Chunk) -> bool:
+        unit, step = unit_of(tile), chunk.steps + 1
+        period, latest = chunk.hyper.precondition_frequency, self._latest(unit)
+        # However the schedule has changed, no more are in flight than a checkpoint has places for.
+        if self._pipeline.flights(unit) and step - latest < period:
+            return False
+        phase = self._units[unit].phase
+        return step > latest and is_due(step, period=period, phase=phase, version=latest)
+
+    def launch_held(self, chunk: Chunk, *, prompt: bool) -> None:
+        """`launch_due` for what starts from fields on their device, as long as they are acquired.
+
+        The rest is launched when they are released.
+        """
+        due = [tile for tile in chunk.tiles if self._is_due(tile, chunk)]
+        aside = [tile for tile in due if self._is_aside(tile)]
+        if aside:
+            self._launch_aside(chunk, aside, lands=self._landing(chunk, prompt=prompt))
+        if self._stager.link(chunk.extent.device).travels:
+            self.launch_due(chunk, prompt=prompt)
+
+    def launch_due(self, chunk: Chunk, *, prompt: bool) -> None:
+        """Begin the refreshes of the chunk's tiles that are due after this update.
+
+        With ``prompt`` they are installed before the next update, without staleness.
+        """
+        for tile in chunk.tiles:
+            if self._is_due(tile, chunk):
+                self._launch(chunk, tile, lands=self._landing(chunk, prompt=prompt))
+
+    def _landing(self, chunk: Chunk, *, prompt: bool) -> int:
+        """Steps of the units after which what is launched now is installed."""
+        return chunk.steps + 1 + (0 if prompt else self._config.staleness)
+
+    def _is_aside(self, tile: Tile) -> bool:
+        """Whether the tile is refreshed on its device; eigensolvers would make the host wait."""
+        return self._config.refresh_on == "device" and self._method(tile) != "eigh"
+
+    def _launch_aside(self, chunk: Chunk, tiles: list[Tile], *, lands: int) -> None:
+        step, method = chunk.steps + 1, self._method(tiles[0])
+        copied = [tile for tile in tiles if self._may_be_replaced(tile, chunk)]
+        try:
+            flights = self._devices.launch(
+                chunk,
+                tiles,
+                method=method,
+                version=step,
+                lands=lands,
+                copy_bases=bool(copied),
+            )
+        except torch.OutOfMemoryError:
+            for unit in map(unit_of, tiles):
+                self._units[unit].attempted = step
+                self._units.judge(unit, ["no memory on the device"])
+            return
+        for unit, flight in flights:
+            self._pipeline.add(unit, flight)
+            self._launched.append((unit, flight))
+
+    def _launch(self, chunk: Chunk, tile: Tile, *, lands: int) -> None:
+        step, unit = chunk.steps + 1, unit_of(tile)
+        work = host_work(
+            chunk,
+            tile,
+            self._stager.link(chunk.extent.device),
+            copy_bases=self._may_be_replaced(tile, chunk),
+            method=self._method(tile),
+        )
+        if self._first_launch_s is None:
+            self._first_launch_s = self._clock()
+        # Units count steps of their own; what is urgent is told by those of the optimizer.
+        urgency = (self._counters.steps + lands - step, -self._units[unit].turned)
+        flight = self._pipeline.launch(unit, step, work, lands=lands, urgency=urgency)
+        self._launched.append((unit, flight))
+
+    def _may_be_replaced(self, tile: Tile, chunk: Chunk) -> bool:
+        """Whether an earlier refresh may be installed before the next one begins."""
+        period = chunk.hyper.precondition_frequency
+        return self._config.staleness >= period or bool(self._pipeline.flights(unit_of(tile)))
+
+    def utilization(self) -> float:
+        """Share of the workers' time since the first launch that went into installed results."""
+        if self._first_launch_s is None:
+            return 0.0
+        elapsed_s = self._clock() - self._first_launch_s
+        return self._counters.worker_s / max(elapsed_s * self._pipeline.executor.size, 1e-9)
+
+    def _latest(self, unit: Unit) -> int:
+        """Version of the newest refresh, in flight or in use."""
+        flights = self._pipeline.flights(unit)
+        return flights[-1].version if flights else self._units.latest(unit)
+
+    def _method(self, tile: Tile) -> Method:
+        config, first = self._config, self._latest(unit_of(tile)) <= tile.record.born
+        return chosen_method(config.refresh_method, start=config.start, first=first)
