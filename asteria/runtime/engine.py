@@ -190,8 +190,7 @@ class Engine:
         ``parameters``: how many the optimizer has. Raises CoherenceError, too.
         """
         self._counters.steps += 1
-        # What has arrived is different on every rank; what is two steps old is not.
-        self._count_skips(self._guard.collect(wait=True, but=1))
+        self._collect_verdicts(wait=True)  # so that all learn of a refusal at the same step
         bad, gate = self._sharded.judge(records, self._guard, parameters=parameters, ready=ready)
         if bad:
             self._count_skips([bad])

@@ -115,13 +115,13 @@ class DeviceGuard:
         """What the host has to take back, once it learns that the latest gate was closed."""
         self._verdicts[-1].undo = undo
 
-    def collect(self, *, wait: bool = False, but: int = 0) -> list[list[str]]:
+    def collect(self, *, wait: bool = False) -> list[list[str]]:
         """Names of each gated-off step whose verdict has arrived; every step is told once.
 
-        With ``wait``, all verdicts are waited for, ``but`` the latest ones are left alone.
+        With ``wait``, all verdicts are waited for.
         """
         bad_steps = []
-        while len(self._verdicts) > but:
+        while self._verdicts:
             names = self._verdicts[0].bad_names(wait=wait)
             if names is None:
                 break

@@ -87,23 +87,30 @@ class ShardedParameters:
         On devices that are ``ready`` the ``guard`` gates the step without waiting for them, and
         nothing is known yet. ``parameters``: how many the optimizer has. Raises CoherenceError.
         """
-        gradients = [
-            gradient if gradient.numel() else gradient.new_zeros(1)
-            for record in records
-            if (gradient := record.local_gradient) is not None
-        ]
-        council = self.wholes.council(records)
+        gradients = _gradients(records)
         on_host = all(gradient.is_cpu for gradient in gradients)
         if ready and not on_host:
-            names = [record.name for record in records]
-            return [], guard.gate(gradients, names, council.reduce_flags_)
+            return [], self._gate(records, guard)
         bad: list[int] = []
         if not (on_host and surely_finite(gradients)):
             numbers, flags = finite_flags([str(record.index) for record in records], gradients)
             bad = [int(n) for n, ok in zip(numbers, flags.tolist(), strict=True) if not ok]
         present = {record.index: record.name for record in records}
-        bad = council.agree_on_gradients(present, bad, parameters)
+        bad = self.wholes.council(records).agree_on_gradients(present, bad, parameters)
         return [present[number] for number in bad], None
+
+    def _gate(self, records: Sequence[ParameterRecord], guard: DeviceGuard) -> Tensor:
+        names = [record.name for record in records]
+        return guard.gate(_gradients(records), names, self.wholes.council(records).reduce_flags_)
+
+
+def _gradients(records: Sequence[ParameterRecord]) -> list[Tensor]:
+    """What this rank has; empty ones, of which others may have more, as a single zero."""
+    return [
+        gradient if gradient.numel() else gradient.new_zeros(1)
+        for record in records
+        if (gradient := record.local_gradient) is not None
+    ]
 
 
 def _place(record: ParameterRecord) -> object:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from asteria.errors import CoherenceError, NonFiniteGradientError, StoreError
+from asteria.runtime.engine import Engine
+from asteria.runtime.guard import DeviceGuard
+from asteria.runtime.sharded import ShardedParameters
 from asteria.runtime.stepper import Stepper
 from tests.distributed.fans import Arrays, Parts, Run, differing
 from tests.support.processes import gather
@@ -31,6 +34,28 @@ class Failing(Stepper):
         super().step(work, *rest)
 
 
+class Gated(ShardedParameters):
+    """Decides as on an accelerator, where the host does not wait for the gradients."""
+
+    def judge(self, records: Any, guard: DeviceGuard, *, parameters: int, ready: bool) -> Any:
+        """See `ShardedParameters`."""
+        if ready:
+            return [], self._gate(records, guard)
+        return super().judge(records, guard, parameters=parameters, ready=ready)
+
+
+class GatedEngine(Engine):
+    """The same without shards."""
+
+    def accepts(self, names: Any, gradients: Any, *, ready: bool) -> Any:
+        """See `Engine`."""
+        if not ready:
+            return super().accepts(names, gradients, ready=ready)
+        self._counters.steps += 1
+        self._collect_verdicts(wait=False)
+        return True, self._guard.gate(gradients, names)
+
+
 def spoil(run: Run, rank: int) -> None:
     gradient = run.model.get_parameter(BAD).grad
     assert gradient is not None
@@ -46,6 +71,19 @@ def message(run: Run) -> str:
     return ""
 
 
+def skipping(rank: int, *, gated: bool) -> tuple[int, Parts]:
+    """Skipped steps of a run in which one is bad, and its weights."""
+    run = Run("SOAP", (RANKS,), runtime={"nonfinite": "skip"})
+    if gated:
+        run.optimizer._engine._sharded.__class__ = Gated
+    for step in range(6):
+        run.backward(step)
+        if step == 2:
+            spoil(run, rank)
+        run.optimizer.step()
+    return run.optimizer.stats().skipped_steps, run.parts()
+
+
 def bad_gradient(rank: int) -> Iterator[tuple[str, Any]]:
     run = Run("SOAP", (RANKS,))
     run.train(range(3))
@@ -56,14 +94,8 @@ def bad_gradient(rank: int) -> Iterator[tuple[str, Any]]:
     yield "untouched", all((before[n][1] == values).all() for n, (_, values) in run.parts().items())
     run.train(range(3, 6))
     yield "then", run.parts()
-    skipping = Run("SOAP", (RANKS,), runtime={"nonfinite": "skip"})
-    for step in range(6):
-        skipping.backward(step)
-        if step == 2:
-            spoil(skipping, rank)
-        skipping.optimizer.step()
-    yield "skipped", skipping.optimizer.stats().skipped_steps
-    yield "skipping", skipping.parts()
+    yield "skipped", skipping(rank, gated=False)
+    yield "gated", skipping(rank, gated=True)
 
 
 def absent_gradient(rank: int) -> Iterator[tuple[str, Any]]:
@@ -131,9 +163,23 @@ def test_a_bad_gradient_on_one_rank_is_told_by_all(results: list[dict[str, Any]]
 
 
 def test_a_bad_gradient_on_one_rank_is_skipped_by_all(results: list[dict[str, Any]]) -> None:
+    wanted = whole("SOAP", [0, 1, 3, 4, 5])
     for found in results:
-        assert found["skipped"] == 1
-        check(found["skipping"], whole("SOAP", [0, 1, 3, 4, 5]))
+        assert found["skipped"][0] == 1
+        check(found["skipped"][1], wanted)
+
+
+def test_a_gate_on_the_device_closes_on_all_ranks(results: list[dict[str, Any]]) -> None:
+    run = Run("SOAP", runtime={"nonfinite": "skip"})
+    run.optimizer._engine.__class__ = GatedEngine
+    for step in range(6):
+        run.backward(step)
+        if step == 2:
+            run.model.get_parameter(BAD).grad[4, 0] = torch.inf  # type: ignore[index]
+        run.optimizer.step()
+    for found in results:
+        assert found["gated"][0] == run.optimizer.stats().skipped_steps == 1
+        check(found["gated"][1], run.arrays())
 
 
 def test_a_gradient_that_only_some_ranks_have_is_refused_by_all(
