@@ -108,6 +108,12 @@ def group_of(ranks: tuple[int, ...]) -> ShardGroup:
     One for all optimizers, and as long as the default group: connections belong to the process.
     Raises as `ShardGroup`.
     """
+    if not dist.is_initialized():
+        raise CoherenceError(
+            f"ranks {_shown(ranks)} share parameters and were to do something together, but the "
+            "default process group is gone; step, save and load before "
+            "torch.distributed.destroy_process_group()"
+        )
     known = _KNOWN.setdefault(dist.group.WORLD, {})
     if ranks not in known:
         known[ranks] = ShardGroup(ranks)

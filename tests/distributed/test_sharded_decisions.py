@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from asteria.errors import CoherenceError, NonFiniteGradientError, StoreError
+from asteria.errors import CoherenceError, ConfigError, NonFiniteGradientError, StoreError
 from asteria.runtime.engine import Engine
 from asteria.runtime.guard import DeviceGuard
 from asteria.runtime.sharded import ShardedParameters
 from asteria.runtime.stepper import Stepper
-from tests.distributed.fans import Arrays, Parts, Run, differing
+from tests.distributed.fans import Arrays, Parts, Run, build, differing
 from tests.support.processes import gather
 
 RANKS = 2
@@ -135,7 +136,15 @@ def everything(rank: int) -> dict[str, Any]:
     found = dict(bad_gradient(rank)) | dict(absent_gradient(rank)) | dict(failure(rank))
     run = Run("SOAP", (RANKS,))
     latecomers(run)
-    return found | {"late": run.parts()}
+    found["late"] = run.parts()
+    run.backward(12)
+    dist.destroy_process_group()
+    found["destroyed"] = message(run)
+    try:
+        build("SOAP", run.model.named_parameters(), {})
+    except ConfigError as error:
+        found["new"] = str(error)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +208,12 @@ def test_a_step_that_failed_on_one_rank_is_completed_by_the_next_call(
     for found in results:
         assert found["weights"], "no sharded weight is changed before all are done"
         check(found["completed"], whole("KLSOAP", list(range(7))))
+
+
+def test_without_a_process_group_nothing_is_stepped(results: list[dict[str, Any]]) -> None:
+    for found in results:
+        assert found["destroyed"].startswith("CoherenceError: ranks 0, 1 share parameters")
+        assert ": its shards are on " in found["new"]
 
 
 def test_parameters_that_come_later_and_go(results: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import asteria
-from tests.distributed.fans import OPTIMIZERS, Fan, Run, build
+from tests.distributed.fans import OPTIMIZERS, Fan, Run, build, differing
 from tests.support.processes import gather
 
 STEPS = 8
@@ -84,6 +84,8 @@ def mixed(rank: int) -> dict[str, Any]:
     norm = run.norm
     return {
         "floating": floating(rank),
+        "from AdamW": from_adamw((2,)).parts(),
+        "from AdamW, local": from_adamw((2,), shards="local").parts(),
         "norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
         "rows": {row.name: (row.shards, row.owner) for row in run.optimizer.describe().rows},
         "table": str(run.optimizer.describe()).splitlines()[0],
@@ -91,6 +93,17 @@ def mixed(rank: int) -> dict[str, Any]:
         "table.weight": run.model.table.weight.full_tensor().detach().numpy(),  # type: ignore[operator]
         "keys": list(run.optimizer.state_dict()["state"]),
     }
+
+
+def from_adamw(mesh_shape: tuple[int, ...], **runtime: Any) -> Run:
+    """A run that begins with AdamW."""
+    first, then = Run("SOAP", mesh_shape), Run("SOAP", mesh_shape, runtime=runtime)
+    first.optimizer = torch.optim.AdamW(first.model.named_parameters(), lr=2.0**-6)
+    first.train(range(3))
+    then.model.load_state_dict(first.model.state_dict())
+    then.optimizer.load_state_dict(first.optimizer.state_dict())
+    then.train(range(3, STEPS))
+    return then
 
 
 def slimmed(rank: int, folder: Path) -> dict[str, Any]:
@@ -152,6 +165,13 @@ def test_sums_of_gradients_in_another_order(results: list[dict[str, Any]]) -> No
     for found in results:
         for name, values in whole.items():
             assert np.abs(found["floating"][name] - values).max() <= 1e-3 * moved
+
+
+def test_going_on_from_adamw(results: list[dict[str, Any]]) -> None:
+    wanted = from_adamw(()).arrays()
+    for found in results:
+        assert not differing(found["from AdamW"], wanted)
+        assert all(np.isfinite(part).all() for _, part in found["from AdamW, local"].values())
 
 
 def test_the_table_tells_who_steps_what(results: list[dict[str, Any]]) -> None:
