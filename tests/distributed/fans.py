@@ -24,7 +24,12 @@ LIMIT = 32
 BATCH = 8
 """Examples of a step, on all ranks together."""
 PERIOD = 4
-OPTIMIZERS = ("SOAP", "KLShampoo", "KLSOAP")
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SOAP": {},
+    "KLShampoo": {"start": "adam"},
+    "KLSOAP": {"start": "eigh", "staleness": 3},
+}
+"""And the runtime that each of them has here, if none is given. Young factors have no staleness."""
 
 
 class Fan(nn.Module):
@@ -99,7 +104,8 @@ class Run:
             for layer in self.model.layers:
                 fully_shard(layer, mesh=self.mesh)
             fully_shard(self.model, mesh=self.mesh)
-        self.optimizer = build(name, self.model.named_parameters(), runtime or {}, **options)
+        given = OPTIMIZERS[name] if runtime is None else runtime
+        self.optimizer = build(name, self.model.named_parameters(), given, **options)
 
     @property
     def examples(self) -> slice:

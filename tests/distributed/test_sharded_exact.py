@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.fans import OPTIMIZERS, Parts, Run, differing, whole
 from tests.support.processes import gather
 
-STEPS = 14
+STEPS = 10
 
 
 def runs(rank: int, mesh_shapes: Sequence[Sequence[int]]) -> dict[Any, Parts]:
