@@ -101,8 +101,7 @@ class Run:
         if mesh_shape:
             names = ("replicas", "shards")[-len(mesh_shape) :]
             self.mesh = init_device_mesh("cpu", tuple(mesh_shape), mesh_dim_names=names)
-            for layer in self.model.layers:
-                fully_shard(layer, mesh=self.mesh)
+            fully_shard(self.model.layers[0], mesh=self.mesh)
             fully_shard(self.model, mesh=self.mesh)
         given = OPTIMIZERS[name] if runtime is None else runtime
         self.optimizer = build(name, self.model.named_parameters(), given, **options)
