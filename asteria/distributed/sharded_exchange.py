@@ -65,9 +65,13 @@ class Transit:
 class Exchange:
     """Sends parts between the ranks of one group. For the training thread, on all of its ranks."""
 
-    def __init__(self, group: Any, *, size: int, here: int) -> None:
-        """``here`` is this rank's position among the ``size`` ranks of the process group."""
-        self._group = group
+    def __init__(self, data: Any, host: Any, *, size: int, here: int) -> None:
+        """Process groups for tensors on devices and on the host, which may be the same.
+
+        ``here`` is this rank's position among their ``size`` ranks.
+        """
+        self._groups = {"cpu": host}
+        self._data = data
         self._size = size
         self._here = here
 
@@ -110,7 +114,7 @@ class Exchange:
                 sent,
                 sizes,
                 [sum(part.numel() for part in parts) for parts in leaving],
-                group=self._group,
+                group=self._groups.get(device.type, self._data),
                 async_op=True,
             )
         transit._works.append(work)

@@ -46,7 +46,7 @@ class ShardGroup:
             if _HOST not in str(dist.get_backend_config(self._data)):
                 self._host = dist.new_group(list(ranks), backend=_HOST, **given)
         self._here = self.ranks.index(dist.get_rank())
-        self.exchange = Exchange(self._data, size=len(self.ranks), here=self._here)
+        self.exchange = Exchange(self._data, self._host, size=len(self.ranks), here=self._here)
 
     def agree_on_gradients(
         self, present: Mapping[int, str], bad: Collection[int], parameters: int

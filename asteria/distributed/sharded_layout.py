@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,10 @@ class Cut(NamedTuple):
     """Whether the cut is made after those of the mesh dims to its right, within their pieces."""
 
 
-def boxes(shape: Sequence[int], mesh_shape: Sequence[int], cuts: Sequence[Cut]) -> list[Box]:
+@functools.lru_cache(maxsize=256)  # of many parameters, on many ranks, few shapes
+def boxes(
+    shape: tuple[int, ...], mesh_shape: tuple[int, ...], cuts: tuple[Cut, ...]
+) -> tuple[Box, ...]:
     """The region of each rank of a mesh, in the mesh's row-major order.
 
     A cut is made as `torch.chunk` makes it: all pieces are as large as the first but the last ones,
@@ -54,7 +58,7 @@ def boxes(shape: Sequence[int], mesh_shape: Sequence[int], cuts: Sequence[Cut]) 
                 first = min(start + coordinate * step, stop)
                 bounds[dim] = first, min(first + step, stop)
         found.append(tuple(slice(*bound) for bound in bounds))
-    return found
+    return tuple(found)
 
 
 def is_sharded(tensor: object) -> bool:
@@ -103,7 +107,7 @@ class ShardLayout:
                 "group lives (before torch.distributed.destroy_process_group())"
             )
         cuts = _cuts(name, placements, tuple(mesh.shape))
-        found = _by_rank(mesh, boxes(parameter.shape, tuple(mesh.shape), cuts))
+        found = _by_rank(mesh, boxes(tuple(parameter.shape), tuple(mesh.shape), cuts))
         ranks = tuple(sorted(int(rank) for rank in mesh.mesh.flatten().tolist()))
         here = ranks.index(torch.distributed.get_rank())
         expected = tuple(s.stop - s.start for s in found[here])
@@ -140,8 +144,8 @@ class ShardLayout:
         """
         if tuple(shape) == self.shape:
             return self.boxes
-        rows = [Cut(None if cut.dim is None else 0) for cut in self.cuts]
-        return _by_rank(self.mesh, boxes(shape, tuple(self.mesh.shape), rows))
+        rows = tuple(Cut(None if cut.dim is None else 0) for cut in self.cuts)
+        return _by_rank(self.mesh, boxes(tuple(shape), tuple(self.mesh.shape), rows))
 
     def placements_of(self, shape: Sequence[int]) -> tuple[Any, ...]:
         """The same as placements on the mesh."""

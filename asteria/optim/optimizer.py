@@ -208,8 +208,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
         What lies on a lower tier is read when somebody looks at the tensor, and is what it is now;
         the other tensors are the state itself, as in torch.
-        Waits for the device and for refreshes in flight, which are part of it. Raises
-        NonFiniteGradientError if the device has refused a step.
+        Waits for the device and for refreshes in flight, which are part of it; all ranks call it if
+        parameters are sharded. Raises NonFiniteGradientError if the device has refused a step.
         """
         self._engine.settle()
         self._forget_replaced_state()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from asteria.algorithms.soap import SOAP
-from asteria.distributed.sharded_layout import Box, Cut, ShardLayout, boxes, is_sharded
+from asteria.distributed.sharded_layout import Cut, ShardLayout, boxes, is_sharded
 from asteria.runtime.owners import places
 from asteria.runtime.records import ParameterRecord, state_dtype
 from asteria.runtime.routing import route
@@ -44,10 +44,10 @@ def pieces(
 
 @pytest.mark.parametrize("shape", [(8, 6), (7, 5), (3, 9), (1, 1), (0, 4)])
 @pytest.mark.parametrize("mesh_shape", [(2,), (4,), (2, 2), (2, 3)])
-def test_boxes_are_the_pieces_of_chunk(shape: tuple[int, ...], mesh_shape: Sequence[int]) -> None:
+def test_boxes_are_the_pieces_of_chunk(shape: tuple[int, ...], mesh_shape: tuple[int, ...]) -> None:
     whole = torch.arange(math.prod(shape)).view(shape)
     for dims in itertools.product((None, 0, 1), repeat=len(mesh_shape)):
-        found = boxes(shape, mesh_shape, [Cut(dim) for dim in dims])
+        found = boxes(shape, mesh_shape, tuple(Cut(dim) for dim in dims))
         wanted = pieces(whole, mesh_shape, dims)
         assert len(found) == len(wanted) == math.prod(mesh_shape)
         for box, piece in zip(found, wanted, strict=True):
@@ -56,7 +56,7 @@ def test_boxes_are_the_pieces_of_chunk(shape: tuple[int, ...], mesh_shape: Seque
 
 def test_a_late_cut_is_made_within_the_others() -> None:
     # Tensor parallelism, the last dim of the mesh, cuts 8 rows in halves, and these are sharded.
-    found = boxes((8,), (2, 2), [Cut(0, late=True), Cut(0)])
+    found = boxes((8,), (2, 2), (Cut(0, late=True), Cut(0)))
     assert [(s.start, s.stop) for (s,) in found] == [(0, 2), (4, 6), (2, 4), (6, 8)]
 
 
@@ -65,10 +65,10 @@ def test_plain_tensors_are_not_sharded() -> None:
 
 
 def layout(ranks: int, shape: tuple[int, ...], *, first: int = 0) -> ShardLayout:
-    cut: list[Box] = boxes(shape, (ranks,), [Cut(0)])
+    cut = boxes(shape, (ranks,), (Cut(0),))
     numbers = tuple(range(first, first + ranks))
     alone = (0,) * ranks
-    return ShardLayout(None, (), torch.Size(shape), numbers, 0, (Cut(0),), tuple(cut), alone)
+    return ShardLayout(None, (), torch.Size(shape), numbers, 0, (Cut(0),), cut, alone)
 
 
 def records(shapes: Sequence[tuple[int, ...]], ranks: int, **group: Any) -> list[ParameterRecord]:
