@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,10 +58,14 @@ def gradient(name: str, step: int, dtype: torch.dtype) -> Tensor:
 
 
 def train(
-    kind: str, params: dict[str, Any], give: Callable[[str, Tensor], Any], dtype: torch.dtype
+    kind: str,
+    params: dict[str, Any],
+    give: Callable[[str, Tensor], Any],
+    dtype: torch.dtype,
+    **options: Any,
 ) -> None:
     groups = [{**o, "params": [(n, params[n]) for n in names]} for o, names in GROUPS]
-    optimizer = build(kind, groups, {})
+    optimizer = build(kind, groups, {}, **options)
     for step in range(STEPS):
         for name, parameter in params.items():
             parameter.grad = give(name, gradient(name, step, dtype))
@@ -85,7 +90,7 @@ def tensor_parallel_and_sharded(mesh: DeviceMesh, dtype: torch.dtype) -> nn.Para
     return found
 
 
-def sharded(mesh: DeviceMesh, kind: str, dtype: torch.dtype) -> Parts:
+def sharded(mesh: DeviceMesh, kind: str, dtype: torch.dtype, **options: Any) -> Parts:
     params: dict[str, Any] = {
         name: nn.Parameter(distribute_tensor(weight(name, dtype), mesh, placements))
         for name, placements in PLACED.items()
@@ -104,7 +109,7 @@ def sharded(mesh: DeviceMesh, kind: str, dtype: torch.dtype) -> Parts:
         assert isinstance(found, DTensor)
         return found
 
-    train(kind, params, give, dtype)
+    train(kind, params, give, dtype, **options)
     found: Parts = {}
     for name, parameter in params.items():
         layout = ShardLayout.of(name, parameter)
@@ -116,6 +121,7 @@ def sharded(mesh: DeviceMesh, kind: str, dtype: torch.dtype) -> Parts:
 def placements(rank: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     found: dict[str, Any] = {kind: sharded(mesh, kind, dtype) for kind, dtype in DTYPES}
+    found["rounded"] = sharded(mesh, "KLSOAP", torch.bfloat16, stochastic_rounding=True)
     partial = DTensor.from_local(torch.ones(4, 4), mesh, [Replicate(), Partial()])
     try:
         build("SOAP", [("odd", nn.Parameter(partial))], {})
@@ -137,6 +143,18 @@ def test_bits_are_those_of_one_process(
     wanted = whole(kind, dtype)
     for found in results:
         assert not differing(found[kind], wanted)
+
+
+def test_replicas_round_alike(results: list[dict[str, Any]]) -> None:
+    """Stochastically: ranks with the same region have the same noise."""
+    seen: dict[str, bytes] = {}
+    for found in results:
+        for name, (box, values) in found["rounded"].items():
+            assert seen.setdefault(f"{name} {box}", values.tobytes()) == values.tobytes()
+            nearest = found["KLSOAP"][name][1]
+            assert np.allclose(values, nearest, rtol=0.1, atol=0.1)
+    rounded = results[0]["rounded"]["rows"][1]
+    assert not np.array_equal(rounded, results[0]["KLSOAP"]["rows"][1])
 
 
 def test_a_partial_parameter_is_refused(results: list[dict[str, Any]]) -> None:
