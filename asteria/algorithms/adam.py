@@ -152,7 +152,11 @@ class AdamW:
         update = adam_update_(
             state["exp_avg"], state["exp_avg_sq"], gradient, hyper, out=scratch[0], gate=gate
         )
-        return update, bias_correction(hyper, step)
+        return update, self.scale(hyper, step)
+
+    def scale(self, hyper: Hyperparameters, step: int) -> float:
+        """The bias correction."""
+        return bias_correction(hyper, step)
 
     def contributions(
         self,

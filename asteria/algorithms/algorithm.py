@@ -156,6 +156,9 @@ class Algorithm(Protocol):
         ``step`` counts from 1.
         """
 
+    def scale(self, hyper: Hyperparameters, step: int) -> float:
+        """The factor on the lr that `direction_` returns; does not need the state."""
+
     def contributions(
         self,
         state: BlockState,

@@ -78,6 +78,10 @@ class _KullbackLeibler:
             if basis is not None:
                 yield _contribution(scaled, mode, hyper)
 
+    def scale(self, hyper: Hyperparameters, step: int) -> float:
+        """1: as published, without bias correction."""
+        return 1.0
+
     def contributed_tensors(self, block: BlockShape) -> int:
         """The gradient whitened on the other modes, for each factor."""
         return sum(block.factored)
@@ -160,7 +164,7 @@ class KLShampoo(_KullbackLeibler):
         denominator = free.copy_(inverse[0].view(*inverse[0].shape, *[1] * (rank - 1)))
         scale_modes_(denominator, [None, *inverse[1:]])
         update = torch.div(projected, denominator.add_(hyper.eps), out=free)
-        return transform(update, basis, scratch, transpose=False), 1.0
+        return transform(update, basis, scratch, transpose=False), self.scale(hyper, step)
 
     def rotate_(
         self,
@@ -199,7 +203,7 @@ class KLSOAP(_KullbackLeibler):
     ) -> tuple[Tensor, float]:
         """Project, advance Adam there, project back."""
         update = rotated_update_(state, gradient, hyper, scratch=scratch, gate=gate)
-        return update, 1.0
+        return update, self.scale(hyper, step)
 
     def rotate_(
         self,

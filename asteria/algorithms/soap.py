@@ -66,7 +66,11 @@ class SOAP:
     ) -> tuple[Tensor, float]:
         """Project, advance Adam there, project back (Algorithm 3)."""
         update = rotated_update_(state, gradient, hyper, scratch=scratch, gate=gate)
-        return update, bias_correction(hyper, step)
+        return update, self.scale(hyper, step)
+
+    def scale(self, hyper: Hyperparameters, step: int) -> float:
+        """The bias correction."""
+        return bias_correction(hyper, step)
 
     def contributions(
         self,

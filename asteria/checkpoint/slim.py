@@ -12,6 +12,7 @@ from asteria.algorithms.algorithm import Algorithm
 from asteria.checkpoint.flat import is_flat, joined, parted
 from asteria.checkpoint.form import check_form
 from asteria.checkpoint.manifest import KEY, manifest, rule_of
+from asteria.checkpoint.shards import gathered
 from asteria.errors import ConfigError
 from asteria.linalg.modes import transform
 from asteria.runtime.records import is_rebuilt
@@ -35,7 +36,8 @@ def slim(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     For ``optimizer.state_dict()`` and what torch.distributed.checkpoint makes of it: by names of
     parameters, full, flattened. Its loader needs ``asteria.slim`` of its own state as the template.
-    Computes on the tensors' devices. Any thread.
+    Computes on the tensors' devices. Any thread; where parameters are sharded, all ranks together.
+    Shards that are stepped on their own can so be loaded by another number of ranks.
 
     Raises CheckpointError if it is no such state dict.
     """
@@ -46,7 +48,8 @@ def slim(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             rule = rule_of(group)
             options[name] = _marked(group, rule)
             if name in flat:
-                flat[name] = _slimmed(flat[name], group, rule)
+                entries, share = gathered(flat[name])
+                flat[name] = share(_slimmed(entries, group, rule))
         return joined(flat, options)
     check_form(state_dict)
     state = dict(state_dict["state"])
@@ -56,7 +59,8 @@ def slim(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         marked_groups.append(_marked(group, rule))
         for key in group["params"]:
             if state.get(key):
-                state[key] = _slimmed(state[key], group, rule)
+                entries, share = gathered(state[key])
+                state[key] = share(_slimmed(entries, group, rule))
     return {**state_dict, "state": state, "param_groups": marked_groups}
 
 

@@ -40,6 +40,9 @@ _FOREIGN_KEYS = frozenset(
     }
 )
 
+# Options that have no default: a group without one follows the RuntimeConfig.
+_GROUPS_OWN = frozenset({"shards"})
+
 
 def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -118,6 +121,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "init_factor": (_optional(_is_positive), "None (taken from the gradient) or a number > 0"),
     "damp_factors": _FLAG,
     "max_inverse_root": (_optional(_is_positive), "None (no clamping) or a number > 0"),
+    "shards": _one_of("exact", "local"),
     "batch_dims": (
         lambda value: value is None or value == 0 or _is_count(value),
         "None (found out from the shape) or an int >= 0",
@@ -130,7 +134,7 @@ def check_keys(group: Mapping[str, Any], known: Iterable[str], where: str) -> No
 
     Raises ConfigError that names the key and the nearest option.
     """
-    options = sorted(known)
+    options = sorted({*known, *_GROUPS_OWN})
     for key in group:
         if key in _FOREIGN_KEYS or key in options or str(key).startswith("_"):
             continue

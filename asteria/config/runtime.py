@@ -33,7 +33,7 @@ _CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "start": (get_args(Start), get_args(Start)),
     "state_dtype": ((torch.float32, torch.bfloat16),) * 2,
     "nonfinite": (get_args(Nonfinite), get_args(Nonfinite)),
-    "shards": (("exact", "local"), ("exact",)),
+    "shards": (("exact", "local"), ("exact", "local")),
 }
 
 
@@ -145,7 +145,10 @@ class RuntimeConfig:
     chrome://tracing.
     """
     shards: Literal["exact", "local"] = "exact"
-    """Rule for sharded parameters, which this version refuses."""
+    """How sharded parameters (DTensor: FSDP2, HSDP, tensor parallelism) are stepped, unless their
+    group says otherwise. `"exact"`: as a whole, by an owner to which the gradient is sent, with the
+    same result as unsharded. `"local"`: each shard as a matrix of its own, without traffic.
+    """
     process_group: Any = None
     """The processes that train the same parameters, whose gradients are equal (DDP, or an
     all-reduce by hand): a ``torch.distributed.ProcessGroup``, or `"alone"`. They share the factors

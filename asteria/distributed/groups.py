@@ -22,7 +22,7 @@ import torch.distributed as dist
 from asteria.distributed.topology import Topology
 from asteria.errors import CoherenceError, ConfigError
 
-__all__ = ["Assembly", "assemble", "peer_group"]
+__all__ = ["Assembly", "assemble", "peer_group", "timeout_of"]
 
 _DIGEST_BYTES = 16
 
@@ -82,7 +82,7 @@ def assemble(
     ``credentials`` says, by name, what all of them must have in common. Raises ConfigError where
     they have not, and CoherenceError if a rank does not come within the group's timeout.
     """
-    timeout_s = _timeout_s(group)
+    timeout_s = timeout_of(group)
     try:
         own = _own_group(group, timeout_s)
         channel, own.channels = own.channels, own.channels + 1
@@ -127,7 +127,7 @@ def _own_group(group: dist.ProcessGroup, timeout_s: float) -> _Own:
     return own
 
 
-def _timeout_s(group: Any) -> float:
+def timeout_of(group: Any) -> float:
     """The timeout that the user gave to the group."""
     found = []
     for device in group._device_types:

@@ -34,15 +34,10 @@ def check_parameter(name: str, parameter: Tensor) -> None:
             f"{name}: complex parameters are not supported, found {parameter.dtype}; "
             "train its real and imaginary part as two parameters (torch.view_as_real)"
         )
-    if hasattr(parameter, "device_mesh"):
-        raise ConfigError(
-            f"{name}: sharded parameters (DTensor) are not supported in this version; "
-            "replicate the model (DDP) or use another optimizer for it"
-        )
     if getattr(parameter, "_is_flat_param", False):
         raise ConfigError(
             f"{name}: FullyShardedDataParallel has flattened this parameter, so that the shapes of "
-            "its matrices are gone; use DDP, or fully_shard (FSDP2) with another optimizer"
+            "its matrices are gone; use fully_shard (FSDP2) or DDP"
         )
     if parameter.requires_grad:
         check_dtype(name, parameter)

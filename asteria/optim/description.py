@@ -10,10 +10,11 @@ from torch import Tensor
 from asteria.algorithms.algorithm import Algorithm
 from asteria.config.runtime import RuntimeConfig
 from asteria.optim.loading import Named
+from asteria.optim.recording import way_of
 from asteria.planner.table import aligned, readable_bytes
 from asteria.runtime.choices import refresh_texts
 from asteria.runtime.records import ParameterRecord, Route, state_dtype
-from asteria.runtime.routing import route
+from asteria.runtime.sharding import Sharding
 
 __all__ = ["Description", "ParameterDescription", "describe", "describe_parameter"]
 
@@ -35,10 +36,20 @@ class ParameterDescription:
     """Of all state tensors, step counter aside."""
     refreshes: tuple[str, ...] = ()
     """For each block shape where it is refreshed and how, if the parameter is on an accelerator."""
+    shards: str = ""
+    """Of a sharded parameter: how it is stepped, ``"exact"`` or ``"local"``. Blocks, factors and
+    bytes are then those of the whole, or of this rank's shard.
+    """
+    owner: int | None = None
+    """Rank that has the state and steps the whole, if exact; known from the first step on."""
 
 
 def describe_parameter(
-    name: str, parameter: Tensor, way: Route, refreshes: tuple[str, ...] = ()
+    name: str,
+    parameter: Tensor,
+    way: Route,
+    sharding: Sharding | None = None,
+    refreshes: tuple[str, ...] = (),
 ) -> ParameterDescription:
     """The row of a parameter that goes this way."""
     shapes = [(shape, blocks) for _, shape, blocks in way.extents() if shape.dims]
@@ -51,6 +62,8 @@ def describe_parameter(
         factors=tuple(shape.factor_sizes() for shape, _ in shapes),
         state_bytes=way.state_bytes(state_dtype(parameter)),
         refreshes=refreshes,
+        shards="" if sharding is None else "exact" if sharding.exact else "local",
+        owner=None if sharding is None else sharding.owning_rank,
     )
 
 
@@ -66,14 +79,23 @@ class Description:
         return sum(row.state_bytes for row in self.rows)
 
     def __str__(self) -> str:
-        head = ["parameter", "shape", "dtype", "rule", "blocks", "factors", "state"]
-        table = [head, *map(_cells, self.rows)]
-        table.append(["total", "", "", "", "", "", readable_bytes(self.state_bytes)])
+        table = [
+            ["parameter", "shape", "dtype", "rule", "blocks", "factors", "state"],
+            *map(_cells, self.rows),
+            ["total", "", "", "", "", "", readable_bytes(self.state_bytes)],
+        ]
+        if any(row.shards for row in self.rows):
+            _append(table, "shards", [row.shards for row in self.rows])
+            owners = ["" if row.owner is None else f"rank {row.owner}" for row in self.rows]
+            _append(table, "owner", owners)
         if any(row.refreshes for row in self.rows):
-            refreshes = [" + ".join(row.refreshes) or "-" for row in self.rows]
-            for line, cell in zip(table, ["refreshes", *refreshes, ""], strict=True):
-                line.append(cell)
+            _append(table, "refreshes", [" + ".join(row.refreshes) for row in self.rows])
         return aligned(table)
+
+
+def _append(table: list[list[str]], head: str, cells: list[str]) -> None:
+    for line, cell in zip(table, [head, *(cell or "-" for cell in cells), ""], strict=True):
+        line.append(cell)
 
 
 def describe(
@@ -85,10 +107,12 @@ def describe(
     """The routing of parameters; those without a record go the way that ``rule`` gives them now."""
     rows = []
     for _, name, p, group in named:
-        known = records.get(p)
-        way = route(p.shape, group, rule, name) if known is None else known.route
+        if (known := records.get(p)) is not None:
+            way, sharding = known.route, known.sharding
+        else:
+            way, sharding = way_of(name, p, group, rule, config.shards)
         texts = refresh_texts(config, group, p, way)
-        rows.append(describe_parameter(name, p, way, texts))
+        rows.append(describe_parameter(name, p, way, sharding, texts))
     return Description(tuple(rows))
 
 

@@ -21,6 +21,7 @@ from asteria.errors import CheckpointError
 from asteria.optim.checks import group_problems
 from asteria.runtime.admission import check_saved
 from asteria.runtime.records import ParameterRecord, is_rebuilt
+from asteria.runtime.sharded_state import stepped_state
 
 __all__ = ["Named", "loaded_groups", "match_state"]
 
@@ -72,10 +73,10 @@ def match_state(
     for (index, name, parameter, _), (key, group) in zip(named, keys, strict=True):
         if state.get(key) and options_fit:
             record = make_record(index, name, parameter, group)
-            entries = state[key]
-            if is_slim(group):  # the others are not of this state
-                entries = {key: value for key, value in entries.items() if not is_rebuilt(key)}
             try:
+                entries = stepped_state(record, state[key])
+                if is_slim(group):  # the others are not of this state
+                    entries = {k: value for k, value in entries.items() if not is_rebuilt(k)}
                 matched[record] = adopted_state(origin, entries, record.route, record.shape)
             except CheckpointError as error:
                 problems.append(f"{name}: {error}")

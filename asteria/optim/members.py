@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from asteria.algorithms.algorithm import Algorithm
 from asteria.config.hyperparameters import Hyperparameters
+from asteria.distributed.sharded_layout import is_sharded
 from asteria.optim.loading import Named
 from asteria.runtime.peers import Member
 from asteria.runtime.records import state_dtype
@@ -15,7 +16,13 @@ __all__ = ["members"]
 
 
 def members(named: Iterable[Named], rule: Algorithm) -> Iterator[Member]:
-    """All parameters that are going to be trained, in order."""
+    """All parameters that are going to be trained, in order.
+
+    None if any is sharded: what is exact has its owner already, and every rank keeps the rest.
+    """
+    named = list(named)
+    if any(is_sharded(parameter) for _, _, parameter, _ in named):
+        return
     for index, name, parameter, group in named:
         if not parameter.requires_grad:
             continue  # shared out when it is unfrozen

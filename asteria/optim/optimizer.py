@@ -16,17 +16,19 @@ from asteria.checkpoint.manifest import KEY, manifest
 from asteria.config.hyperparameters import DECIDED, Hyperparameters, check_group, check_keys
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError
-from asteria.optim.checks import check_dtype, check_gradient, check_parameter, given_parameters
+from asteria.optim.checks import check_gradient, check_parameter, given_parameters
 from asteria.optim.description import Description, describe
 from asteria.optim.intact import Intact
 from asteria.optim.loading import Named, loaded_groups, match_state
 from asteria.optim.members import members
+from asteria.optim.recording import make_record, way_of
 from asteria.runtime.chunks import Update
 from asteria.runtime.engine import Engine
 from asteria.runtime.entries import Entries
 from asteria.runtime.narrow import rule_for
 from asteria.runtime.records import ParameterRecord
-from asteria.runtime.routing import check_route, route, routing_options
+from asteria.runtime.routing import check_route, routing_options
+from asteria.runtime.sharded_state import stepped_state
 from asteria.telemetry.counters import Stats
 
 __all__ = ["Parameters", "SecondOrderOptimizer"]
@@ -77,10 +79,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             entries = [given] if isinstance(given, Tensor) else list(given)
             for position, entry in enumerate(entries):
                 nameless = (f"parameter {position} of {where}", entry)
-                pair = entry if isinstance(entry, tuple) else nameless
-                if isinstance(pair[1], Tensor):
-                    check_parameter(*pair)
-                    route(pair[1].shape, {**self.defaults, **param_group}, self.rule, pair[0])
+                name, p = entry if isinstance(entry, tuple) else nameless
+                if isinstance(p, Tensor):
+                    check_parameter(name, p)
+                    options = {**self.defaults, **param_group}
+                    way_of(name, p, options, self.rule, self._runtime.shards)
             param_group["params"] = entries
         param_group[KEY] = manifest(self.rule)
         super().add_param_group(param_group)  # which refuses what is no leaf tensor
@@ -141,16 +144,23 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             updates[record], options = by_group[id(group)]
             if options != record.options:
                 check_route(name, record.options, options)
-        steps, gate = self._engine.accepts(
-            [record.name for record in updates],
-            [gradient for record in updates if (gradient := record.parameter.grad) is not None],
-            ready=not fresh and all(record.begun for record in updates),
+        steps, gate = self._accepts(
+            list(updates), ready=not fresh and all(record.begun for record in updates)
         )
         if not steps:
             return
         if fresh:
-            self._admit({record: self.state.get(p, {}) for p, record in fresh.items()})
+            self._admit({r: stepped_state(r, self.state.get(p, {})) for p, r in fresh.items()})
         self._engine.step(updates, gate)
+
+    def _accepts(
+        self, records: list[ParameterRecord], *, ready: bool
+    ) -> tuple[bool, Tensor | None]:
+        if any(record.sharding is not None for record in records):
+            parameters = sum(len(group["params"]) for group in self.param_groups)
+            return self._engine.accepts_together(records, parameters=parameters, ready=ready)
+        gradients = [g for record in records if (g := record.parameter.grad) is not None]
+        return self._engine.accepts([record.name for record in records], gradients, ready=ready)
 
     def _forget_replaced_state(self) -> None:
         """Follow what was done to ``self.state`` from outside.
@@ -170,20 +180,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _make_record(
         self, index: int, name: str, parameter: Tensor, group: Mapping[str, Any]
     ) -> ParameterRecord:
-        check_dtype(name, parameter)
-        way = route(parameter.shape, group, self.rule, name)
-        options = routing_options(group)
-        steps = Hyperparameters.of(group).precondition_frequency
-        return ParameterRecord.of(
-            parameter, name, index, route=way, options=options, refresh_steps=steps
-        )
+        return make_record((index, name, parameter, group), self.rule, self._runtime.shards)
 
     def _admit(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:
         """Make state for new records, of the saved values where there are any."""
         self._engine.admit(list(saved), saved, lambda: members(self._named(), self.rule))
         for record in saved:
             self._records[record.parameter] = record
-            self.state[record.parameter] = record.entries
+            self.state[record.parameter] = record.facade or record.entries
 
     def describe(self) -> Description:
         """How every parameter is treated, as a table (``str``) or ``.rows``. Needs no gradient."""
@@ -197,9 +201,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """State and groups in torch's format: flat tensors keyed by parameter, and plain values.
 
         What lies on a lower tier is as it is now, and read when somebody looks at the tensor.
-        Waits for the device and for refreshes in flight, which are part of it. Raises
-        NonFiniteGradientError if the device has refused a step, CheckpointError if the state got
-        lost in a load.
+        Waits for the device and for refreshes in flight, which are part of it; all ranks call it if
+        parameters are sharded. Raises NonFiniteGradientError if the device has refused a step,
+        CheckpointError if the state got lost in a load.
         """
         self._settle()
         with ExitStack() as hooks:
@@ -275,9 +279,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             entries = self.state
             self._restore(
                 {
-                    self._make_record(index, name, parameter, group): entries[parameter]
-                    for index, name, parameter, group in self._named()
-                    if entries.get(parameter)
+                    (record := self._make_record(*named)): stepped_state(record, entries[named[2]])
+                    for named in self._named()
+                    if entries.get(named[2])
                 }
             )
 

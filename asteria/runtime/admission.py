@@ -123,7 +123,9 @@ def _by_kind(
     for record in records:
         for plan in record.route.tiles:
             dtype = state_dtype(record.parameter)
-            key = ExtentKey(record.route.rule, plan.shape, dtype, record.device)
+            sharding = record.sharding
+            part = sharding.cuts[plan.ordinal] if sharding is not None and sharding.cuts else None
+            key = ExtentKey(record.route.rule, plan.shape, dtype, record.device, part)
             kinds.setdefault(key, []).append((record, plan))
     return kinds
 
@@ -141,15 +143,17 @@ def admit(
     together, and so every bit of the result, depends on which parameters have state and not on when
     they got it. Blocks that were there before move where the cut has changed.
 
-    ``elsewhere`` tells which factors other ranks keep. A record in ``saved`` takes its values from
-    there (copied, from any dtype and device), the others begin at zero. Raises CheckpointError if
-    something saved does not fit and StoreFullError if there is no room, before anything is changed.
+    ``elsewhere`` tells which factors other ranks keep. Of records whose state another rank has only
+    the counters begin. A record in ``saved`` takes its values from there (copied, from any dtype
+    and device), the others begin at zero. Raises CheckpointError if something saved does not fit
+    and StoreFullError if there is no room, before anything is changed.
     """
     records = list(records)
-    check_saved(saved)
+    here = [record for record in records if record.is_here]
+    check_saved({record: saved[record] for record in here if record in saved})
     for record in records:
         _count(record, saved.get(record, {}))
-    _change(extents, _by_kind(records), [], saved, residence, elsewhere)
+    _change(extents, _by_kind(here), [], saved, residence, elsewhere)
 
 
 def _count(record: ParameterRecord, saved: Mapping[str, Tensor]) -> None:

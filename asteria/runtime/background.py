@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,7 +26,7 @@ from asteria.runtime.staging import Stager
 from asteria.runtime.units import Unit, Units, unit_of
 from asteria.runtime.verdicts import Verdicts
 from asteria.telemetry.counters import Counters
-from asteria.telemetry.trace import Trace
+from asteria.telemetry.trace import Watch
 
 __all__ = ["BackgroundRefresher"]
 
@@ -47,11 +47,11 @@ class BackgroundRefresher:
         verdicts: Verdicts,
         governor: Governor,
         executor: Executor,
-        clock: Callable[[], float],
-        trace: Trace | None,
+        watch: Watch,
         exchange: Exchange,
     ) -> None:
-        """``config.staleness`` is at least 1; ``clock`` tells seconds as `time.perf_counter`."""
+        """``config.staleness`` is at least 1."""
+        clock, trace = watch
         self._config = config
         self._exchange = exchange
         self._counters = counters

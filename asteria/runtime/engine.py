@@ -22,14 +22,15 @@ from asteria.runtime.chunks import Update, chunks
 from asteria.runtime.extents import Extent
 from asteria.runtime.foresight import Foresight
 from asteria.runtime.governor import Governor
-from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error, surely_finite
 from asteria.runtime.inside import InsideRefresher
+from asteria.runtime.judge import Judge
 from asteria.runtime.peers import Member, Peers
 from asteria.runtime.placer import Placer
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.residence import Residence
 from asteria.runtime.results import Exchange
 from asteria.runtime.shadows import show_flights
+from asteria.runtime.sharded import ShardedParameters
 from asteria.runtime.show import show
 from asteria.runtime.stepper import Stepper
 from asteria.runtime.summary import summarize
@@ -37,12 +38,12 @@ from asteria.runtime.units import Units
 from asteria.runtime.updater import moves_at_once
 from asteria.runtime.verdicts import Verdicts
 from asteria.telemetry.counters import Counters, Stats
-from asteria.telemetry.trace import Trace
+from asteria.telemetry.trace import Trace, Watch
 
 __all__ = ["Engine"]
 
 
-class Engine:
+class Engine(Judge):
     """State and step of one optimizer. Every method is for the training thread."""
 
     def __init__(
@@ -57,20 +58,23 @@ class Engine:
 
         Raises StoreError if ``config.nvme_path`` cannot be used.
         """
-        self._config = config
+        counters = Counters()
+        self._units = Units(counters, max_failures=config.max_failures)
+        super().__init__(
+            config,
+            counters,
+            Verdicts(counters, self._units),
+            peers or Peers(config),
+            ShardedParameters(config.start),
+        )
         self._clock = clock
         self._extents: Extents = {}
         self._ended: set[ParameterRecord] = set()
         """Whose step is complete, of a step that was interrupted."""
-        self._guard = DeviceGuard()
-        self._counters = Counters()
         self._trace = None if config.trace is None else Trace(config.trace)
-        self._units = Units(self._counters, max_failures=config.max_failures)
-        self._verdicts = Verdicts(self._counters, self._units)
-        self._peers = peers or Peers(config)
         exchange = Exchange(self._peers)
         known = config, self._counters, self._units, self._verdicts
-        watch = clock, self._trace
+        watch = Watch(clock, self._trace)
         # Without staleness the step would wait for every result at once.
         beside = config.refresh == "async" and config.staleness > 0
         workers = config.workers or free_cores(_training_threads())
@@ -83,7 +87,7 @@ class Engine:
         self._background: BackgroundRefresher | None = None
         if executor is not None:
             self._background = BackgroundRefresher(
-                *known, self._governor, executor, *watch, exchange
+                *known, self._governor, executor, watch, exchange
             )
         self._residence = residence or Residence(config, refreshes=jobs)
         # With the last reference, not when the garbage collector finds the time: it holds a disk.
@@ -112,6 +116,7 @@ class Engine:
         saved = {record: values for record, values in (saved or {}).items() if values}
         self._meet(members)
         self._placer.admit()
+        records, saved = self._sharded.admit(records, saved, self.discard)
         self._residence.promises.keep()
         with self._residence.lock:
             elsewhere = self._peers.elsewhere
@@ -119,14 +124,17 @@ class Engine:
                 lambda: admit(records, saved, self._extents, self._residence, elsewhere)
             )
         self._foresight.watch(self._all())
-        self._units.admit({tile.record for extent in self._all() for tile in extent.tiles})
+        here = {tile.record for extent in self._all() for tile in extent.tiles}
+        self._units.admit(here | self._sharded.elsewhere)
         if self._background is not None:
-            self._background.admit(records)
+            self._background.admit([record for record in records if record.is_here])
             for record, values in saved.items():
-                self._background.restore(record, values)
+                if record.is_here:
+                    self._background.restore(record, values)
         else:
-            for record in records:
+            for record in filter(lambda record: record.is_here, records):
                 show_flights(record, None, staleness_steps=0)
+        self._sharded.show(records)
 
     def check_room(
         self, records: list[ParameterRecord], members: Callable[[], Iterable[Member]] = tuple
@@ -136,7 +144,8 @@ class Engine:
         ``members`` as in `admit`.
         """
         self._meet(members)
-        check_room(records, self._residence, self._peers.elsewhere)
+        here = [record for record in records if record.is_here]
+        check_room(here, self._residence, self._peers.elsewhere)
 
     def discard(self, records: list[ParameterRecord]) -> None:
         """Drop the state of records."""
@@ -150,6 +159,7 @@ class Engine:
             discard(records, self._extents, self._residence, self._peers.elsewhere)
         self._foresight.forget(records)
         self._stepper.forget(records)
+        self._sharded.forget(records)
         self._ended.difference_update(records)
 
     def close(self) -> None:
@@ -170,13 +180,6 @@ class Engine:
         tiles = (tile for extent in self._all() for tile in extent.tiles)
         return {tile.record.parameter: tile.record for tile in tiles}
 
-    def settle(self) -> None:
-        """Wait for the device's word on every step, so that the counters are right.
-
-        Raises NonFiniteGradientError if the configuration asks for it and a step was refused.
-        """
-        self._collect_verdicts(wait=True)
-
     def stats(self) -> Stats:
         """What was done so far; waits for the device."""
         self.settle()
@@ -190,51 +193,16 @@ class Engine:
             self._all(),
         )
 
-    def accepts(
-        self, names: list[str], gradients: list[Tensor], *, ready: bool
-    ) -> tuple[bool, Tensor | None]:
-        """Look at a step's gradients, before anything is changed: (whether to step, gate).
-
-        On the host, or with ``ready`` False (state is yet to be made, which waits for the device
-        anyway), a non-finite gradient is found now; else a gate comes back that closes on the
-        device, and the report follows at a later step. Raises NonFiniteGradientError if the
-        configuration asks for it.
-        """
-        self._counters.steps += 1
-        # With others all must learn of a refused step at the same one. Waiting for the latest one
-        # lets the host be a step ahead of the device, no more.
-        self._collect_verdicts(wait=self._peers.expected)
-        on_host = all(gradient.is_cpu for gradient in gradients)
-        if on_host and surely_finite(gradients):
-            return True, None
-        if ready and not on_host:
-            return True, self._guard.gate(gradients, names)
-        names, flags = finite_flags(names, gradients)
-        bad = [name for name, ok in zip(names, flags.tolist(), strict=True) if not ok]
-        if bad:
-            self._count_skips([bad])
-        return not bad, None
-
-    def _collect_verdicts(self, *, wait: bool) -> None:
-        self._verdicts.collect(wait=wait)
-        self._count_skips(self._guard.collect(wait=wait))
-
-    def _count_skips(self, steps: list[list[str]]) -> None:
-        """Count skipped steps, given the names of their bad gradients; raise for the first."""
-        self._counters.skipped_steps += len(steps)
-        if steps and self._config.nonfinite == "raise":
-            raise nonfinite_error(steps[0])
-
     def step(self, updates: Mapping[ParameterRecord, Update], gate: Tensor | None) -> None:
         """One step of every parameter in ``updates``, whose gradients are there and accepted.
 
         Raises RefreshError, or what a worker raised, before anything is changed. A StoreError comes
         in the middle: every parameter is then as before the step or as after it, and the
         next call completes the step for the others. So may a CoherenceError, where another rank
-        does not deliver what it has computed in this step: the next call begins with that.
+        has failed or does not deliver: the next call begins with that.
         """
         with self._residence.lock:
-            self._step(updates, gate)
+            self._sharded.wholes.step(updates, gate, self._step, self._ended)
 
     def _step(self, updates: Mapping[ParameterRecord, Update], gate: Tensor | None) -> None:
         start = self._clock()
@@ -258,6 +226,7 @@ class Engine:
                     undo_part()
 
             self._guard.on_refusal(undo)
+        self._sharded.wholes.arrive()
         with without_autocast(record.device for record in updates):
             self._residence.promises.with_room(lambda: self._take(updates, gate, moved))
             self._stepper.finish()
@@ -280,6 +249,7 @@ class Engine:
         self._foresight.begin_step(work, stepper.cells)
         try:
             stepper.step(work, updates, gate, ended)
+            ended += [record for record in left if not record.is_here]
             self._ended.clear()
         except BaseException:
             self._ended.update(ended)  # which the next call leaves out

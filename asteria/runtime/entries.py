@@ -46,6 +46,15 @@ class Entries(dict[str, Tensor]):
         """Whether the tensor of ``key`` is read when it is asked for."""
         return key in self._away
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether there is nothing but what is read when it is asked for."""
+        return not dict.__len__(self)
+
+    def lend(self, key: str, other: Entries, name: str | None = None) -> None:
+        """Let ``other`` read, as ``name``, what is away here."""
+        other.put_away(name or key, *self._away[key])
+
     def promised(self) -> dict[str, Tensor]:
         """A plain dict of all tensors as they are now; what is away may be read later."""
         return {

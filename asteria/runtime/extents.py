@@ -35,6 +35,10 @@ class ExtentKey(NamedTuple):
     shape: BlockShape
     dtype: torch.dtype
     device: torch.device
+    part: tuple[int, int] | None = None
+    """Of a sharded parameter: the extent that its blocks are in where one process has everything,
+    by its first parameter and tile. What is multiplied together there is so here.
+    """
 
     @property
     def most_blocks(self) -> int:

@@ -95,9 +95,19 @@ class DeviceGuard:
     def __init__(self) -> None:
         self._verdicts: list[_Verdict] = []
 
-    def gate(self, gradients: Sequence[Tensor], names: list[str]) -> Tensor:
-        """A float32 scalar on the gradients' device: 1 if all are finite, else 0. Never waits."""
+    def gate(
+        self,
+        gradients: Sequence[Tensor],
+        names: list[str],
+        agree_: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """A float32 scalar on the gradients' device: 1 if all are finite, else 0. Never waits.
+
+        ``agree_`` makes the flags of all ranks out of this one's, in place.
+        """
         names, flags = finite_flags(names, gradients)
+        if agree_ is not None:
+            agree_(flags)
         self._verdicts.append(_Verdict(Report.of(flags), names))
         return flags.all().to(torch.float32)
 

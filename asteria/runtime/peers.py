@@ -95,8 +95,10 @@ class Peers:
     @property
     def expected(self) -> bool:
         """Whether there are others, be it that they have not met yet."""
-        if self._met:
-            return self._membership is not None
+        if self._membership is not None:
+            return True
+        if self._met and self._meeting is not meet:
+            return False
         return self._meeting is not meet or peer_group(self._config.process_group) is not None
 
     @property
@@ -115,6 +117,8 @@ class Peers:
         if self._met and self._membership is None:
             return
         everyone = list(members()) if self.expected else []
+        if not everyone:
+            self._met = True
         if not self._met:
             self._membership = self._meeting(self._config, self._credentials(everyone))
             self._met = True

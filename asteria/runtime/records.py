@@ -11,8 +11,10 @@ from torch import Tensor
 
 from asteria.algorithms.algorithm import Algorithm, BlockShape
 from asteria.config.hyperparameters import FIRST_PERIOD
+from asteria.distributed.sharded_layout import local_part
 from asteria.errors import ParameterChangedError
 from asteria.runtime.entries import Entries
+from asteria.runtime.sharding import Sharding, stepped_shape
 from asteria.store.layout import FieldSpec, Life
 
 __all__ = ["Fetch", "ParameterRecord", "Route", "Tile", "TilePlan", "is_rebuilt", "state_dtype"]
@@ -143,8 +145,11 @@ class ParameterRecord(_Referable):
     """Position among all parameters of the optimizer."""
     route: Route
     shape: torch.Size
+    """Of what is stepped: the parameter, or this rank's shard of it."""
     dtype: torch.dtype
     device: torch.device
+    sharding: Sharding | None = None
+    """How ranks share it, if it is a sharded parameter."""
     steps: int = 0
     """Updates of the moments so far."""
     begun: bool = False
@@ -155,6 +160,9 @@ class ParameterRecord(_Referable):
     """Of each tile: the step whose factors its eigenbases were computed from."""
     entries: Entries = field(default_factory=Entries)
     """The state as the optimizer shows it: views of it, and counters on the host."""
+    facade: Entries | None = None
+    """What the optimizer shows instead, for a sharded parameter; all of it is made when asked for.
+    """
 
     shown: tuple[tuple[str, Tensor | None], ...] = ()
     """What was put into ``entries``, to see whether anybody replaces it; None is away."""
@@ -175,6 +183,7 @@ class ParameterRecord(_Referable):
         route: Route,
         options: tuple[object, ...] = (),
         refresh_steps: int = FIRST_PERIOD,
+        sharding: Sharding | None = None,
     ) -> ParameterRecord:
         """A record of the parameter as it is now, which has no state yet."""
         return cls(
@@ -182,12 +191,43 @@ class ParameterRecord(_Referable):
             name=name,
             index=index,
             route=route,
-            shape=parameter.shape,
+            shape=stepped_shape(parameter, sharding),
             dtype=parameter.dtype,
             device=parameter.device,
             options=options,
             refresh_steps=refresh_steps,
+            sharding=sharding,
         )
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process has the state, and steps it."""
+        return self.sharding is None or self.sharding.is_here
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is sharded, and stepped as a whole by its owner."""
+        return self.sharding is not None and self.sharding.exact
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights in this process: the parameter, or this rank's shard of it."""
+        return self.parameter if self.sharding is None else local_part(self.parameter)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Of ``shape``; of a sharded parameter during a step only."""
+        if self.sharding is None:
+            return self.parameter.grad
+        return self.sharding.gradient if self.sharding.exact else self.sharding.local_gradient
+
+    @property
+    def local_gradient(self) -> Tensor | None:
+        """What this process has of it, of the shape of ``weight``."""
+        gradient = self.parameter.grad
+        if self.sharding is None or gradient is None:
+            return gradient
+        return self.sharding.take_gradient(gradient)
 
     @property
     def has_moments(self) -> bool:
@@ -212,6 +252,8 @@ class ParameterRecord(_Referable):
 
         Others may keep tensors of their own beside ours.
         """
+        if self.facade is not None:
+            return entries is self.facade and self.facade.is_untouched
         return (
             entries is self.entries
             and all(map(self.entries.is_away, self.in_flight))
@@ -225,12 +267,12 @@ class ParameterRecord(_Referable):
 
     def check_unchanged(self) -> None:
         """Raise ParameterChangedError unless shape, dtype and device are as they were."""
-        now = self.parameter
-        if now.shape == self.shape and now.dtype == self.dtype and now.device == self.device:
+        now, shape = self.parameter, stepped_shape(self.parameter, self.sharding)
+        if shape == self.shape and now.dtype == self.dtype and now.device == self.device:
             return
         raise ParameterChangedError(
             f"{self.name}: its state was made for shape {tuple(self.shape)}, {self.dtype} on "
-            f"{self.device}, now it has shape {tuple(now.shape)}, {now.dtype} on {now.device}. "
+            f"{self.device}, now it has shape {tuple(shape)}, {now.dtype} on {now.device}. "
             "Move or convert the model before the first step, or make a new optimizer; "
             "`del optimizer.state[parameter]` starts this parameter afresh"
         )

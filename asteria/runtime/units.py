@@ -67,7 +67,10 @@ class Units:
         return self._memories[unit]
 
     def admit(self, records: Iterable[ParameterRecord]) -> None:
-        """Spread the units of ``records``, which are all that have state, over the period."""
+        """Spread the units of ``records``, which are all that have state, over the period.
+
+        In whichever process: the schedule is the one of a single process that has all of them.
+        """
         owners = [
             (Unit(record, plan.ordinal), plan.refresh_cost)
             for record in sorted(records, key=lambda record: record.index)
@@ -76,6 +79,8 @@ class Units:
         ]
         spread = phases([cost for _, cost in owners])
         for (unit, _), phase in zip(owners, spread, strict=True):
+            if not unit.record.is_here:
+                continue
             memory = self._memories.get(unit)
             if memory is None:
                 memory = self._memories[unit] = Memory(used_from=unit.record.steps + 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from asteria.algorithms.adam import largest_ratio
 from asteria.algorithms.algorithm import Algorithm, BlockState, Contribution, Pair, fold_
+from asteria.config.hyperparameters import Hyperparameters
 from asteria.linalg.scratch import Scratch
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.guard import gate_on
@@ -19,7 +20,7 @@ from asteria.runtime.rows import parts_of, state_of
 from asteria.runtime.weights import apply_, gather, normalize_
 from asteria.store.layout import FieldSpec, Layout, Life
 
-__all__ = ["Updater", "moves", "moves_at_once"]
+__all__ = ["Updater", "moves", "moves_at_once", "scale_of"]
 
 
 class Updater:
@@ -158,6 +159,17 @@ def _kept(chunk: Chunk, given: Iterable[Contribution]) -> Iterator[Contribution]
 def moves(start: str, chunk: Chunk) -> bool:
     """Whether a step advances the chunk's moments."""
     return chunk.has_moments or moves_at_once(start, chunk.extent.rule)
+
+
+def scale_of(start: str, record: ParameterRecord, hyper: Hyperparameters) -> float | None:
+    """The factor on the learning rate in the record's next step, which may be another rank's.
+
+    None if that one changes no weight.
+    """
+    rule = record.route.rule
+    if record.has_moments or moves_at_once(start, rule):
+        return rule.scale(hyper, record.steps + 1)
+    return 1.0 if start == "fresh" else None
 
 
 def moves_at_once(start: str, rule: Algorithm) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from asteria.linalg.scratch import Scratch
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.records import ParameterRecord, Tile
 
-__all__ = ["apply_", "gather", "normalize_"]
+__all__ = ["apply_", "apply_shards_", "gather", "normalize_"]
 
 
 def _slots(chunk: Chunk, stacked: Tensor, regions: Sequence[Tensor]) -> list[Tensor]:
@@ -33,7 +34,7 @@ def gather(chunk: Chunk, scratch: Scratch, gate: Tensor | None) -> Tensor:
     """
     extent = chunk.extent
     shape = (chunk.stop - chunk.start, *chunk.shape.dims)
-    regions = [_region(tile, tile.record.parameter.grad) for tile in chunk.tiles]
+    regions = [_region(tile, tile.record.gradient) for tile in chunk.tiles]
     only = regions[0]
     as_is = only.dtype == extent.dtype and only.is_contiguous()
     if len(regions) == 1 and as_is and gate is None and not chunk.hyper.maximize:
@@ -78,27 +79,82 @@ def apply_(
     """w <- (w - lr scale direction) (1 - lr weight_decay), for every tile of the chunk.
 
     The weight decay comes after the update, as published. Narrow weights (bf16, fp16) are updated
-    in float32 and rounded once. ``direction`` is overwritten.
+    in float32 and rounded once. ``direction`` is overwritten. Where the weights are shards of other
+    ranks, the direction is kept for them (`apply_shards_`).
     """
     if gate is not None:
         direction.mul_(gate)
-    regions = [tile.plan.region(tile.record.parameter) for tile in chunk.tiles]
+    first = chunk.tiles[0].record.sharding
+    if first is not None and first.exact:
+        wholes = [tile.plan.region(_change(tile.record)) for tile in chunk.tiles]
+        torch._foreach_copy_(wholes, _slots(chunk, direction, wholes))
+        return
+    regions = [tile.plan.region(tile.record.weight) for tile in chunk.tiles]
     changes = _slots(chunk, direction, regions)
-    groups: dict[tuple[float, float, bool], list[int]] = {}
-    for index, tile in enumerate(chunk.tiles):
-        update = updates[tile.record]
-        dense = regions[index].is_contiguous() or not direction.is_cpu
-        exact = dense and tile.record.dtype == direction.dtype
-        groups.setdefault((update.lr, update.weight_decay, exact), []).append(index)
+    rounding = chunk.hyper.stochastic_rounding
+    _apply_all_(
+        [
+            _Target(region, change, updates[tile.record], _noise(chunk, tile) if rounding else ())
+            for region, change, tile in zip(regions, changes, chunk.tiles, strict=True)
+        ],
+        scale=scale,
+        gate=gate,
+    )
+
+
+def apply_shards_(
+    parts: Sequence[tuple[ParameterRecord, Tensor, float]],
+    updates: Mapping[ParameterRecord, Update],
+    gate: Tensor | None,
+) -> None:
+    """The same for shards of this rank, given (record, part of the direction, scale) of each.
+
+    After the step of the record has been counted.
+    """
+    kinds: dict[tuple[float, torch.dtype], list[_Target]] = {}
+    for record, part, scale in parts:
+        noise: tuple[int, ...] = ()
+        if updates[record].hyper.stochastic_rounding and record.sharding is not None:
+            layout = record.sharding.layout
+            # Not of the rank: replicas round alike.
+            noise = (record.index, *(s.start for s in layout.boxes[layout.here]), record.steps)
+        target = _Target(record.weight, part, updates[record], noise)
+        kinds.setdefault((scale, part.dtype), []).append(target)
+    for (scale, dtype), targets in kinds.items():
+        near = None if gate is None else gate.to(targets[0].change.device, dtype)
+        _apply_all_(targets, scale=scale, gate=near)
+
+
+class _Target(NamedTuple):
+    weight: Tensor
+    change: Tensor
+    """Of the weight's shape, in the dtype of the state; overwritten."""
+    update: Update
+    noise: tuple[int, ...]
+    """What the noise of stochastic rounding depends on; empty rounds to the nearest."""
+
+
+def _apply_all_(targets: Sequence[_Target], *, scale: float, gate: Tensor | None) -> None:
+    groups: dict[tuple[float, float, bool], list[_Target]] = {}
+    for target in targets:
+        update, weight = target.update, target.weight
+        dense = weight.is_contiguous() or not target.change.is_cpu
+        exact = dense and weight.dtype == target.change.dtype
+        groups.setdefault((update.lr, update.weight_decay, exact), []).append(target)
     for (lr, weight_decay, exact), members in groups.items():
-        targets = [regions[index] for index in members]
-        weights = targets if exact else [t.to(direction.dtype).contiguous() for t in targets]
-        _descend_(
-            weights, [changes[index] for index in members], lr * scale, lr * weight_decay, gate
-        )
+        given = [target.weight for target in members]
+        changes = [target.change for target in members]
+        weights = given if exact else [w.to(changes[0].dtype).contiguous() for w in given]
+        _descend_(weights, changes, lr * scale, lr * weight_decay, gate)
         if not exact:
-            for index, target, weight in zip(members, targets, weights, strict=True):
-                _round_into_(target, weight, chunk, chunk.tiles[index])
+            for target, weight in zip(members, weights, strict=True):
+                _round_into_(target.weight, weight, target.noise)
+
+
+def _change(record: ParameterRecord) -> Tensor:
+    if record.sharding is None or record.sharding.change is None:
+        raise RuntimeError(f"there is nowhere to keep the update of {record.name}")
+    return record.sharding.change
 
 
 def _descend_(
@@ -128,13 +184,16 @@ def _descend_(
     torch.autograd.graph.increment_version(weights)
 
 
-def _round_into_(target: Tensor, weight: Tensor, chunk: Chunk, tile: Tile) -> None:
-    if chunk.hyper.stochastic_rounding and target.dtype == torch.bfloat16:
-        # The noise depends on what is rounded and when, and on nothing that a resumed run, another
-        # rank or another chunking could do differently.
+def _noise(chunk: Chunk, tile: Tile) -> tuple[int, ...]:
+    """What is rounded and when, and nothing that a resumed run or another chunking changes."""
+    rows = tile.plan.slices[0].start if len(tile.plan.slices) == 1 else 0
+    return tile.record.index, tile.plan.ordinal, chunk.steps, chunk.begun, rows
+
+
+def _round_into_(target: Tensor, weight: Tensor, noise: Sequence[int]) -> None:
+    if noise and target.dtype == torch.bfloat16:
         seed = 0
-        rows = tile.plan.slices[0].start if len(tile.plan.slices) == 1 else 0
-        for part in (tile.record.index, tile.plan.ordinal, chunk.steps, chunk.begun, rows):
+        for part in noise:
             seed = (seed * 1_000_003 + part) % 2**63
         generator = torch.Generator(target.device).manual_seed(seed)
         weight = stochastic_round(weight, generator)

@@ -9,9 +9,11 @@ import threading
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 from asteria.errors import ConfigError
 
@@ -20,7 +22,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Trace"]
+__all__ = ["Trace", "Watch"]
 
 _BATCH = 256
 """Spans that are formatted and written at once; one or two milliseconds of work."""
@@ -68,6 +70,14 @@ class Trace:
     def close(self) -> None:
         """Writes what is left and completes the file; calling again does nothing."""
         self._finalizer()
+
+
+class Watch(NamedTuple):
+    """What tells the time of what is done, and writes it down."""
+
+    clock: Callable[[], float]
+    """Seconds, as `time.perf_counter`."""
+    trace: Trace | None
 
 
 class _Writer:

@@ -54,6 +54,7 @@ VALID: dict[str, list[Any]] = {
     "batch_dims": [None, 0, 1, 3],
     "young_stride": [1, 3],
     "refresh_plan": ["", "measuring", "4x4 host qr; 3x5x7 device ldlr every 3"],
+    "shards": ["exact", "local"],
 }
 
 _NUMBERS = [-1, -0.1, math.inf, math.nan, "1", None, True]
@@ -91,6 +92,7 @@ INVALID: dict[str, list[Any]] = {
     "batch_dims": [-1, 1.0, "1", True],
     "young_stride": [0, 1.0, "1", True, None],
     "refresh_plan": [None, "x", "4x4 host", "4x4 host qr;4x4 host qr", "4x4 device eigh"],
+    "shards": [None, "Exact", True],
 }
 
 FOREIGN = [
@@ -186,7 +188,7 @@ def test_a_misspelt_option_gets_the_nearest_one(key: str, nearest: str) -> None:
         check_keys({"lr": 0.1, key: 0}, SOAP_OPTIONS, "group 1")
     message = str(raised.value)
     assert message.startswith(f"group 1: unknown option {key!r}; did you mean {nearest!r}? ")
-    assert ", ".join(sorted(SOAP_OPTIONS)) in message
+    assert ", ".join(sorted([*SOAP_OPTIONS, "shards"])) in message
 
 
 def test_an_option_unlike_all_others_gets_the_list() -> None:
@@ -194,10 +196,10 @@ def test_an_option_unlike_all_others_gets_the_list() -> None:
         check_keys({"zzz": 0}, SOAP_OPTIONS, "group 0")
     message = str(raised.value)
     assert "did you mean" not in message
-    assert ", ".join(sorted(SOAP_OPTIONS)) in message
+    assert ", ".join(sorted([*SOAP_OPTIONS, "shards"])) in message
 
 
-@pytest.mark.parametrize("key", [*SOAP_OPTIONS, *FOREIGN])
+@pytest.mark.parametrize("key", [*SOAP_OPTIONS, "shards", *FOREIGN])
 def test_options_and_what_frameworks_put_into_groups_are_accepted(key: str) -> None:
     check_keys({key: object()}, SOAP_OPTIONS, "here")
 

@@ -41,7 +41,7 @@ CHOICES: dict[str, tuple[list[Any], list[Any]]] = {
     "start": (["fresh", "eigh", "adam"], []),
     "state_dtype": ([torch.float32, torch.bfloat16], []),
     "nonfinite": (["raise", "skip"], []),
-    "shards": (["exact"], ["local"]),
+    "shards": (["exact", "local"], []),
 }
 
 

@@ -212,9 +212,7 @@ UNKNOWN_RUNTIME: dict[str, list[Any]] = {
     "process_group": ["world", 3],
     "node_size": [0, "two"],
 }
-NOT_BUILT_YET: dict[str, Any] = {
-    "shards": "local",
-}
+NOT_BUILT_YET: dict[str, Any] = {}
 
 
 def test_runtime_values_that_are_unknown() -> None:

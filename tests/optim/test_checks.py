@@ -48,13 +48,6 @@ def test_a_complex_parameter_is_refused_with_the_way_out(dtype: torch.dtype, tra
     assert "torch.view_as_real" in message
 
 
-def test_a_sharded_parameter_is_refused() -> None:
-    sharded = parameter(torch.float32)
-    sharded.device_mesh = object()  # what tells a DTensor
-    with pytest.raises(ConfigError, match=r"^layer.weight: sharded parameters \(DTensor\)"):
-        check_parameter("layer.weight", sharded)
-
-
 def test_a_parameter_that_fsdp_has_flattened_is_refused() -> None:
     flat = parameter(torch.float32)
     flat._is_flat_param = True

@@ -31,7 +31,15 @@ class Crew:
         group_timeout_s: float = TIMEOUT_S,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.support.processes", "tests.support.asynchronous"])
+        context.set_forkserver_preload(
+            [
+                "tests.support.processes",
+                "tests.support.asynchronous",
+                "torch.distributed.checkpoint.state_dict",
+                "torch.distributed.fsdp",
+                "torch._dynamo",
+            ]
+        )
         self.links: list[Connection] = []
         self.processes: list[ForkServerProcess] = []
         for rank in range(size):

@@ -1,0 +1,54 @@
+"""A rank that is gone or stuck becomes an error on the others, within the group's timeout."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from asteria.errors import CoherenceError
+from tests.distributed.fans import build
+from tests.support.processes import Crew
+
+TIMEOUT_S = 3.0
+
+
+def leave(rank: int) -> None:
+    os._exit(1)
+
+
+def stop(rank: int) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def until_one_is_lost(rank: int, lose: Callable[[int], None]) -> str:
+    """What the other rank is told."""
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = nn.Parameter(DTensor.from_local(torch.ones(3, 4), mesh, [Shard(0)]))
+    optimizer = build("SOAP", [("weight", parameter)], {})
+    for step in range(3):
+        gradient = torch.full((3, 4), float(step + 1))
+        parameter.grad = DTensor.from_local(gradient, mesh, [Shard(0)])
+        if rank == 1 and step == 2:
+            lose(rank)
+        try:
+            optimizer.step()
+        except CoherenceError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("lose", [leave, stop])
+def test_the_others_raise(lose: Callable[[int], None], tmp_path: Path) -> None:
+    crew = Crew(2, tmp_path / "store", until_one_is_lost, lose, group_timeout_s=TIMEOUT_S)
+    try:
+        told = crew.result(0)
+    finally:
+        crew.close()
+    assert told.startswith("a decision on this step's gradients could not be done together")
+    assert "restart all of them from a checkpoint" in told
