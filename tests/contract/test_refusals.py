@@ -208,15 +208,14 @@ UNKNOWN_RUNTIME: dict[str, list[Any]] = {
     "nonfinite": ["ignore", None],
     "trace": [3],
     "shards": ["some", None],
-    "process_group": ["world"],
-    "node_size": [0],
+    "process_group": ["world", 3],
+    "node_size": [0, "two"],
 }
 NOT_BUILT_YET: dict[str, Any] = {
     "refresh_method": "ldlr",
     "refresh_on": "device",
     "state_dtype": torch.bfloat16,
     "shards": "local",
-    "node_size": 8,
 }
 
 
