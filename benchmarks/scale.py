@@ -3,9 +3,9 @@
     python -m benchmarks.scale --json benchmarks/results/scale.json
 
 Nothing is trained. Steps are simulated (`benchmarks.scale_simulation`) from the shapes of the
-models, the seconds that refreshes take on this machine's cores (``--machine``, written by
-``asteria probe``), the bytes of every exchange, and rates of accelerators and links that are
-assumptions, printed with the results. The global batch is fixed: strong scaling.
+models, the seconds that refreshes take on this machine's cores, the bytes of every exchange, and
+rates of accelerators and links, which are assumptions and printed with the results. The global
+batch is fixed: strong scaling.
 
 - AdamW: with replicas of the weights for the smallest model, with FSDP2 for the larger.
 - SOAP, every rank refreshes all: what the published implementations do under DDP.
@@ -21,12 +21,14 @@ The model is compared with runs of real processes on this machine (``--check-ran
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from asteria.distributed.spread import Speed
-from asteria.planner.machine import Machine, find_machine
+from asteria.planner.machine import Machine, Timings, load_machine
+from asteria.planner.measurements import Probe
 from benchmarks import scale_check
 from benchmarks.measurement import describe_machine, progress_bar, write_json
 from benchmarks.scale_arms import Ranks, arms, run
@@ -180,7 +182,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--staleness", type=int, nargs="+", default=list(range(11)), help="S of Asteria")
     add("--period", type=int, default=10, help="steps from one refresh to the next")
     add("--phases", choices=("model", "owner"), default="model", help="what is spread over it")
-    add("--machine", type=Path, help="written by `asteria probe`: seconds of refreshes on a host")
+    add("--machine", type=Path, help="of `asteria probe`; else refreshes are timed here")
     add("--host-cores", type=int, default=given.host.cores, help="of a rank; 2 feed the device")
     add("--node-size", type=int, default=given.node_size, help="ranks of a node")
     add("--compute-tflops", type=float, default=given.compute_flop_per_s / 1e12, help="of a device")
@@ -202,17 +204,25 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def cluster_of(args: argparse.Namespace) -> Cluster:
     """The assumptions, with what the command line says of them."""
-    rates: Machine = find_machine(args.machine)
-    host = dataclasses.replace(rates, cores=args.host_cores, training_threads=TRAINING_CORES)
-    if args.machine is not None:
-        host = dataclasses.replace(host, source=f"measured on {describe_machine()['cpu']}")
+    cpu = describe_machine()["cpu"]
+    if args.machine is None:
+        host = Machine(refresh_s=refresh_cpu_s(), source=f"processor time measured on {cpu}")
+    else:
+        host = dataclasses.replace(load_machine(args.machine), source=f"measured on {cpu}")
     return Cluster(
         node_size=args.node_size,
         compute_flop_per_s=args.compute_tflops * 1e12,
         product_flop_per_s=args.product_tflops * 1e12,
         device_bytes=args.device_gb * 1e9,
-        host=host,
+        host=dataclasses.replace(host, cores=args.host_cores, training_threads=TRAINING_CORES),
     )
+
+
+def refresh_cpu_s() -> Timings:
+    """Processor time of refreshes on this machine, which other processes hardly change."""
+    probe = Probe(folder=Path(), clock=time.process_time)
+    found: Timings = dict(probe.measurements())["refreshes"]()["refresh_s"]
+    return found
 
 
 def network_of(name: str, args: argparse.Namespace) -> Network:

@@ -11,7 +11,8 @@ import pytest
 from asteria.distributed.ownership import least_makespan
 from asteria.distributed.spread import Speed
 from asteria.distributed.topology import Link
-from asteria.planner.machine import Machine
+from asteria.planner.machine import Machine, save_machine
+from asteria.planner.measurements import Probe
 from benchmarks import scale
 from benchmarks.scale_arms import Arm, Ranks, Where, arms, run
 from benchmarks.scale_model import (
@@ -198,14 +199,35 @@ def test_tables_show_waits_what_does_not_fit_and_the_staleness_that_is_enough() 
     assert scale.smallest_staleness(rows_of(s1=0.5), "Asteria", 8) is None
 
 
-def test_assumptions_come_from_the_command_line() -> None:
+def test_assumptions_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "refresh_cpu_s", lambda: ((64, 0.125),))
     given = ["--inter-gb-per-s", "7", "--node-size", "4", "--host-cores", "10", "--device-gb", "9"]
     args = scale.parse_arguments([*given, "--compute-tflops", "300", "--ranks", "2", "8"])
     cluster, network = scale.cluster_of(args), scale.network_of("ethernet", args)
     assert (cluster.node_size, cluster.device_bytes, cluster.host.free_cores) == (4, 9e9, 8)
     assert cluster.compute_flop_per_s == 3e14
+    assert cluster.host.seconds(64, 1, exact=False) == 0.125
     assert network.inter == Speed(7e9, NETWORKS["ethernet"].inter.latency_s)
     assert network.intra == NETWORKS["ethernet"].intra
+
+
+def test_a_probed_machine_is_taken(tmp_path: Path) -> None:
+    save_machine(Machine(refresh_s=((64, 0.25),), math_threads=2), tmp_path / "probe.json")
+    cluster = scale.cluster_of(scale.parse_arguments(["--machine", str(tmp_path / "probe.json")]))
+    assert cluster.host.seconds(64, 1, exact=False) == 0.5
+    assert cluster.host.free_cores == 12
+    assert str(tmp_path) not in cluster.host.source
+
+
+def test_refreshes_are_timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Quick(Probe):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given, sizes=(32,))
+
+    monkeypatch.setattr(scale, "Probe", Quick)
+    ((size, seconds),) = scale.refresh_cpu_s()
+    assert size == 32
+    assert 0 < seconds < 5
 
 
 @pytest.mark.parametrize(
@@ -223,7 +245,7 @@ def test_what_cannot_be_is_refused(
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     monkeypatch.setattr(scale, "workload", lambda training: small(sharded=training.sharded))
-    monkeypatch.setattr(scale, "find_machine", lambda given: Machine())
+    monkeypatch.setattr(scale, "refresh_cpu_s", lambda: ((64, 0.001),))
     return scale.main
 
 
