@@ -127,13 +127,14 @@ def rates_of(found: Mapping[int, Sequence[Found]], case: Case) -> Rates:
     alone = found[1][0]
     never = statistics.median(alone.times[NEVER_REFRESHED, 0].update_s)
     every = alone.times[EVERY, 0].update_s
-    rounds = sorted(every)[-max(1, len(every) // case.period) :]
+    # Which step of a period refreshes is seen, not known: the one that takes longest.
+    slowest_s = max(statistics.median(every[at :: case.period]) for at in range(case.period))
     pair = found.get(2, [Found({})])[0]
     return Rates(
         device_s=statistics.median(alone.times[NEVER_REFRESHED, 0].device_s),
         adamw_s=statistics.median(alone.times[ADAMW, 0].update_s),
         update_s=never,
-        round_s=max(0.0, statistics.median(rounds) - never),
+        round_s=max(0.0, slowest_s - never),
         small_s=pair.small_s,
         large_s=pair.large_s,
     )
