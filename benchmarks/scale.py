@@ -26,6 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import asteria
 from asteria.distributed.spread import Speed
 from asteria.planner.machine import Machine, Timings, load_machine
 from asteria.planner.measurements import Probe
@@ -39,6 +40,14 @@ RANKS = [2**power for power in range(11)]
 SHOWN_STALENESS = (0, 1, 2, 5, 10)
 WAITING = 0.01  # of the time, from which a table tells of waits
 TRAINING_CORES = 2
+TIE = 1.005  # of step times that are called equal
+OWNERS = "SOAP, owners, updates gathered"
+LEFT_OUT = """\
+- attention scores, activations, launches of kernels, stragglers, and how small shares of a batch
+  lower the rate of an accelerator
+- that results of refreshes, gradients and data loading share processors of a host and its memory
+- the first steps, when factors are young and refreshes are part of the step
+- tiers: state that does not fit the device is marked, not moved"""
 
 Row = Mapping[str, Any]
 
@@ -112,6 +121,18 @@ def smallest_staleness(rows: Iterable[Row], arm: str, ranks: int) -> int | None:
     return min(enough, default=None)
 
 
+def unfavourable(rows: Iterable[Row], staleness: int) -> str:
+    """A line for each way of Asteria: where synchronous SOAP with owners is faster."""
+    steps = {(row["arm"], row["staleness"], row["ranks"]): row["step_s"] for row in rows}
+    lines = []
+    for arm in dict.fromkeys(arm for arm, s, _ in steps if s == staleness):
+        counts = [n for name, s, n in steps if (name, s) == (arm, staleness)]
+        slower = [str(n) for n in counts if steps[arm, staleness, n] > TIE * steps[OWNERS, 0, n]]
+        where = f"at {', '.join(slower)} ranks" if slower else "nowhere"
+        lines.append(f"- {arm}, S = {staleness}: {where}")
+    return "\n".join(lines)
+
+
 def text_of(report: Mapping[str, Any]) -> str:
     """All of the report in Markdown."""
     settings = report["settings"]
@@ -119,7 +140,7 @@ def text_of(report: Mapping[str, Any]) -> str:
         f"Simulated seconds of a step, in brackets times AdamW's at the same number of ranks; a "
         f"refresh every {settings['period']} steps. `!`: weights, gradients and state do not fit "
         f"the device (activations not counted). `w`: steps wait for refreshes at the bound.\n\n"
-        f"{assumptions_text(report['assumptions'])}"
+        f"{assumptions_text(report['assumptions'])}\n\nNot in the model:\n\n{LEFT_OUT}"
     )
     parts = [head]
     for name, model in report["models"].items():
@@ -133,6 +154,9 @@ def text_of(report: Mapping[str, Any]) -> str:
         )
         for network, rows in model["networks"].items():
             parts.append(f"#### {network}\n\n{table(rows, settings['shown_staleness'])}")
+            worse = unfavourable(rows, settings["judged_staleness"])
+            if worse:
+                parts.append(f"Slower than {OWNERS}:\n\n{worse}")
     parts.append(f"### Against real processes\n\n{scale_check.text_of(report['check'])}")
     return "\n\n".join(parts) + "\n"
 
@@ -255,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "settings": {
             **{key: value for key, value in vars(args).items() if key not in ("json", "machine")},
             "shown_staleness": [s for s in SHOWN_STALENESS if s in args.staleness],
+            "judged_staleness": asteria.RuntimeConfig().staleness,
         },
         "assumptions": {
             "cluster": dataclasses.asdict(cluster),
