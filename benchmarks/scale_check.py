@@ -34,6 +34,7 @@ from benchmarks.scale_run import (
     ADAMW,
     EVERY,
     NEVER_REFRESHED,
+    SHARDS,
     SHARED,
     Case,
     Found,
@@ -45,6 +46,7 @@ NAMES = {
     ADAMW: "AdamW",
     EVERY: "SOAP, every rank refreshes all",
     SHARED: "Asteria, replicas",
+    SHARDS: "Asteria, exact shards",
 }
 UNLIMITED = 1e18  # of rates that play no part here
 FULL_SHARE = 0.9  # of one process's refreshes, from which ranks do not share them
@@ -70,7 +72,8 @@ class Rates:
 def compare(counts: Sequence[int], *, steps: int) -> dict[str, Any]:
     """Run so many processes each and predict their steps; what went wrong is in the report."""
     case = Case(steps=max(1, steps // Case(steps=1).period) * Case(steps=1).period)
-    report: dict[str, Any] = {"case": dataclasses.asdict(case), "rows": [], "error": None}
+    report: dict[str, Any] = {"case": dataclasses.asdict(case), "rows": [], "refused": {}}
+    report["error"] = None
     if not counts:
         report["error"] = "not asked for"
         return report
@@ -88,25 +91,26 @@ def compare(counts: Sequence[int], *, steps: int) -> dict[str, Any]:
     cores = describe_machine()["cores"]
     report |= {"rates_s": dataclasses.asdict(rates), "cores": cores}
     for count in [count for count in counts if count in found]:
-        for way, staleness in case.ways():
-            if way in NAMES:
-                key = (way, staleness)
-                times = [rank.times[key] for rank in found[count]]
-                whole = found[1][0].times[key].refreshes
-                shared = count > 1 and is_shared(times, whole)
-                predicted_s = predict(case, rates, count, key, shared=shared, cores=cores)
-                measured_s = typical_step_s(times[0], case.period)
-                report["rows"].append(
-                    {
-                        "arm": NAMES[way],
-                        "staleness": staleness,
-                        "ranks": count,
-                        "shared": shared,
-                        "measured_s": measured_s,
-                        "predicted_s": predicted_s,
-                        "ratio": predicted_s / measured_s,
-                    }
-                )
+        for key in [key for key in case.ways(count) if key[0] in NAMES]:
+            if key in found[count][0].refused:
+                report["refused"][f"{NAMES[key[0]]}, S = {key[1]}"] = found[count][0].refused[key]
+                continue
+            times = [rank.times[key] for rank in found[count]]
+            whole = found[1][0].times[EVERY, 0].refreshes
+            shared = key[0] in (SHARED, SHARDS) and count > 1 and is_shared(times, whole)
+            predicted_s = predict(case, rates, count, key, shared=shared, cores=cores)
+            measured_s = typical_step_s(times[0], case.period)
+            report["rows"].append(
+                {
+                    "arm": NAMES[key[0]],
+                    "staleness": key[1],
+                    "ranks": count,
+                    "shared": shared,
+                    "measured_s": measured_s,
+                    "predicted_s": predicted_s,
+                    "ratio": predicted_s / measured_s,
+                }
+            )
     return report
 
 
@@ -129,7 +133,7 @@ def rates_of(found: Mapping[int, Sequence[Found]], case: Case) -> Rates:
     every = alone.times[EVERY, 0].update_s
     # Which step of a period refreshes is seen, not known: the one that takes longest.
     slowest_s = max(statistics.median(every[at :: case.period]) for at in range(case.period))
-    pair = found.get(2, [Found({})])[0]
+    pair = found.get(2, [Found()])[0]
     return Rates(
         device_s=statistics.median(alone.times[NEVER_REFRESHED, 0].device_s),
         adamw_s=statistics.median(alone.times[ADAMW, 0].update_s),
@@ -156,8 +160,16 @@ def predict(
     if way == ADAMW:
         where = Where.NOBODY
     else:
-        where = Where.HOST if way == SHARED and staleness else Where.INSIDE
-    arm = Arm(name=NAMES[way], where=where, owned=shared, staleness=staleness)
+        where = Where.HOST if staleness else Where.INSIDE
+    shards = way == SHARDS
+    arm = Arm(
+        name=NAMES[way],
+        where=where,
+        owned=shared,
+        update_owned=shards,
+        sharded=shards,
+        staleness=staleness,
+    )
     ranks = Ranks(work, count, _cluster(work, rates, crowd, count), _network(case, rates))
     step_s: float = run(ranks, arm, period=case.period)["step_s"]
     return step_s
@@ -235,6 +247,8 @@ def text_of(report: Mapping[str, Any]) -> str:
             f"{row['measured_s'] * 1e3:.1f} | {row['predicted_s'] * 1e3:.1f} | "
             f"{row['ratio']:.2f} |"
         )
+    for what, why in report["refused"].items():
+        lines += ["", f"{what} is refused by this version: {why}"]
     if report["error"]:
         lines += ["", f"Not all was compared: {report['error']}"]
     return "\n".join(lines).strip()

@@ -1,7 +1,7 @@
 """Real processes that train together, for `benchmarks.scale` to be compared with.
 
 An accelerator is emulated: where it would run forward and backward, each process sleeps. Gradients
-are drawn once; they are averaged over the processes with gloo, and the update is real. Torch has
+are drawn once; they are added up over the processes with gloo, and the update is real. Torch has
 one thread in the training thread, and asynchronous refreshes one worker.
 """
 
@@ -22,13 +22,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 
 import asteria
 from benchmarks.measurement import read_stats
 from benchmarks.runs import NEVER
 
-ADAMW, NEVER_REFRESHED, EVERY, SHARED = "adamw", "never", "every", "shared"
+ADAMW, NEVER_REFRESHED, EVERY, SHARED, SHARDS = "adamw", "never", "every", "shared", "shards"
 SMALL_BYTES, EXCHANGES = 64, 20
 TIMEOUT_S = 60.0
 
@@ -52,11 +54,11 @@ class Case:
         """Elements of all weights."""
         return sum(map(math.prod, self.shapes))
 
-    def ways(self) -> list[tuple[str, int]]:
-        """(way, staleness) of all runs."""
-        return [(way, 0) for way in (ADAMW, NEVER_REFRESHED, EVERY)] + [
-            (SHARED, s) for s in self.staleness
-        ]
+    def ways(self, count: int) -> list[tuple[str, int]]:
+        """(way, staleness) of all runs of so many processes."""
+        shared = (SHARED, SHARDS) if count > 1 else (SHARED,)
+        alone = [(way, 0) for way in (ADAMW, NEVER_REFRESHED, EVERY)]
+        return alone + [(way, s) for way in shared for s in self.staleness]
 
 
 @dataclass(slots=True)
@@ -76,7 +78,9 @@ class Times:
 class Found:
     """On one rank."""
 
-    times: dict[tuple[str, int], Times]
+    times: dict[tuple[str, int], Times] = field(default_factory=dict)
+    refused: dict[tuple[str, int], str] = field(default_factory=dict)
+    """What this version does not do, all ranks alike."""
     small_s: float = 0.0
     """Of averaging a few bytes, with all processes at it."""
     large_s: float = 0.0
@@ -110,7 +114,12 @@ def _train(rank: int, count: int, store: Path, case: Case) -> Found:
         timeout=timedelta(seconds=TIMEOUT_S),
     )
     try:
-        found = Found({key: run(case, *key) for key in case.ways()})
+        found = Found()
+        for key in case.ways(count):
+            try:
+                found.times[key] = run(case, *key)
+            except asteria.ConfigError as error:
+                found.refused[key] = str(error)
         found.small_s = exchange_s(torch.zeros(SMALL_BYTES // 4))
         found.large_s = exchange_s(torch.zeros(case.parameters))
     finally:
@@ -134,10 +143,15 @@ def run(case: Case, way: str, staleness: int) -> Times:
     generator = torch.Generator().manual_seed(dist.get_rank())
     flat = torch.randn(case.parameters, generator=generator)
     fresh = flat.clone()
-    parameters = [Parameter(torch.zeros(shape)) for shape in case.shapes]
     sizes = [math.prod(shape) for shape in case.shapes]
-    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
-        parameter.grad = part.view(parameter.shape)
+    gradients = [
+        part.view(shape) for part, shape in zip(flat.split(sizes), case.shapes, strict=True)
+    ]
+    if way == SHARDS:
+        gradients = _sharded(gradients)
+    parameters = [Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
     def backward() -> None:
         time.sleep(case.device_s)
@@ -147,6 +161,16 @@ def run(case: Case, way: str, staleness: int) -> Times:
 
     with _optimizer(parameters, case, way, staleness) as optimizer:
         return _timed(case, backward, optimizer)
+
+
+def _sharded(whole: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The rows of this rank, as FSDP2 has them; views of ``whole``."""
+    rank, count = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (count,))
+    return [
+        DTensor.from_local(tensor.chunk(count)[rank], mesh, [Shard(0)], run_check=False)
+        for tensor in whole
+    ]
 
 
 def _timed(case: Case, backward: Callable[[], None], optimizer: torch.optim.Optimizer) -> Times:
@@ -176,7 +200,7 @@ def _optimizer(
         yield torch.optim.AdamW(parameters, lr=1e-3)
         return
     settings: dict[str, Any] = {"start": "eigh", "workers": 1, "staleness": staleness}
-    if way != SHARED:
+    if way not in (SHARED, SHARDS):
         settings |= {"refresh": "sync", "process_group": "alone"}
     with asteria.SOAP(
         parameters,

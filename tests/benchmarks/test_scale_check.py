@@ -10,6 +10,7 @@ from benchmarks.scale_run import (
     ADAMW,
     EVERY,
     NEVER_REFRESHED,
+    SHARDS,
     SHARED,
     Case,
     Found,
@@ -35,7 +36,10 @@ def made(count: int) -> list[Found]:
         (SHARED, 0): times(0.011, 0.001, 8 // count, 0.008 / count),
         (SHARED, 2): times(0.011, 0.001, 8 // count),
     }
-    return [Found(found, small_s=1e-5, large_s=1.1e-4) for _ in range(count)]
+    if count > 1:
+        found[SHARDS, 0] = times(0.0105, 0.0005, 4, 0.004)
+    refused = {(SHARDS, 2): "no shards"} if count > 1 else {}
+    return [Found(found, refused, small_s=1e-5, large_s=1.1e-4) for _ in range(count)]
 
 
 def test_predictions_of_one_process_are_its_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,12 +49,14 @@ def test_predictions_of_one_process_are_its_measurements(monkeypatch: pytest.Mon
     report = scale_check.compare([1, 2], steps=20)
     assert report["error"] is None
     assert [row["ratio"] for row in report["rows"][:4]] == pytest.approx([1.0] * 4, rel=0.01)
-    assert [row["shared"] for row in report["rows"]] == [False] * 6 + [True] * 2
+    assert [row["shared"] for row in report["rows"]] == [False] * 6 + [True] * 3
+    text = scale_check.text_of(report)
     # Two passes over two processes, and half of a round each.
     predicted = [row["predicted_s"] for row in report["rows"][4:]]
-    expected = [0.0102, 0.0119, 0.0115, 0.0111]
+    expected = [0.0102, 0.0119, 0.0115, 0.0111, 0.0110]
     assert predicted == pytest.approx(expected, rel=0.02)
-    assert "| Asteria, replicas | 2 | 2 | shared |" in scale_check.text_of(report)
+    assert "Asteria, exact shards, S = 2 is refused by this version: no shards" in text
+    assert "| Asteria, replicas | 2 | 2 | shared |" in text
 
 
 def test_more_processes_than_cores_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +92,8 @@ def test_real_processes_train_all_ways() -> None:
     found = run_together(2, case)
     assert len(found) == 2
     for rank in found:
-        assert set(rank.times) == set(case.ways())
+        assert set(rank.times) | set(rank.refused) == set(case.ways(2))
+        assert {way for way, _ in rank.refused} <= {SHARDS}
         assert rank.small_s > 0
         assert rank.large_s > 0
         for way in rank.times.values():
