@@ -215,7 +215,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--inter-gb-per-s", type=float, help="between nodes, of a rank, instead of the network's")
     add("--results-gb-per-s", type=float, help="likewise, where results travel")
     add("--check-ranks", type=int, nargs="*", default=[1, 2, 4], help="real processes; none: leave")
-    add("--check-steps", type=int, default=60, help="of each of them")
+    add("--check-steps", type=int, default=100, help="of each of them")
     add("--json", type=Path, metavar="FILE", help="write the report here, and .md and .png beside")
     args = parser.parse_args(argv)
     for count in args.ranks:

@@ -2,7 +2,8 @@
 
 Seconds of an update and of refreshes are those of one process, and speeds of the exchange those of
 two; what is predicted is the step of all numbers of processes. Where they are more than the cores,
-what needs a core takes longer in proportion.
+what needs a core takes longer in proportion. All times are the shortest of several periods, place
+by place: what this machine does without other work, as far as that can be seen.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def compare(counts: Sequence[int], *, steps: int) -> dict[str, Any]:
             whole = found[1][0].times[EVERY, 0].refreshes
             shared = key[0] in (SHARED, SHARDS) and count > 1 and is_shared(times, whole)
             predicted_s = predict(case, rates, count, key, shared=shared, cores=cores)
-            measured_s = typical_step_s(times[0], case.period)
+            measured_s = statistics.fmean(quiet(times[0].steps_s, case.period))
             report["rows"].append(
                 {
                     "arm": NAMES[key[0]],
@@ -119,26 +120,23 @@ def is_shared(times: Sequence[Times], whole: int) -> bool:
     return max(rank.refreshes for rank in times) < FULL_SHARE * whole
 
 
-def typical_step_s(times: Times, period: int) -> float:
-    """Median over periods of the mean step, which bursts of other processes hardly move."""
-    steps = times.steps_s
-    means = [statistics.fmean(steps[at : at + period]) for at in range(0, len(steps), period)]
-    return statistics.median(means)
+def quiet(seconds: Sequence[float], period: int) -> list[float]:
+    """Of each place in the period its shortest time, so that bursts of other processes go by."""
+    return [min(seconds[at::period]) for at in range(period)]
 
 
 def rates_of(found: Mapping[int, Sequence[Found]], case: Case) -> Rates:
     """From one process, and of the exchange from two, if there were."""
-    alone = found[1][0]
-    never = statistics.median(alone.times[NEVER_REFRESHED, 0].update_s)
-    every = alone.times[EVERY, 0].update_s
-    # Which step of a period refreshes is seen, not known: the one that takes longest.
-    slowest_s = max(statistics.median(every[at :: case.period]) for at in range(case.period))
+    alone, period = found[1][0].times, case.period
+    never = alone[NEVER_REFRESHED, 0]
+    update_s = statistics.fmean(quiet(never.update_s, period))
     pair = found.get(2, [Found()])[0]
     return Rates(
-        device_s=statistics.median(alone.times[NEVER_REFRESHED, 0].device_s),
-        adamw_s=statistics.median(alone.times[ADAMW, 0].update_s),
-        update_s=never,
-        round_s=max(0.0, slowest_s - never),
+        device_s=statistics.fmean(quiet(never.device_s, period)),
+        adamw_s=statistics.fmean(quiet(alone[ADAMW, 0].update_s, period)),
+        update_s=update_s,
+        # Which step of a period refreshes is seen, not known: the one that takes longest.
+        round_s=max(0.0, max(quiet(alone[EVERY, 0].update_s, period)) - update_s),
         small_s=pair.small_s,
         large_s=pair.large_s,
     )
@@ -231,9 +229,10 @@ def text_of(report: Mapping[str, Any]) -> str:
         about = (
             f"Processes of one training thread and one worker on {report['cores']} cores; an "
             f"emulated device of {case['device_s'] * 1e3:g} ms, {len(case['shapes'])} matrices of "
-            f"{rows}x{columns}, a refresh every {case['period']} steps; load before: "
+            f"about {rows}x{columns}, a refresh every {case['period']} steps; load before: "
             f"{report['load_before']:.1f}. Rates are those of one process, and of the exchange "
-            "those of two.\n"
+            f"those of two; of each place in the period the shortest of "
+            f"{case['steps'] // case['period']}.\n"
         )
         lines = [
             about,
