@@ -97,20 +97,24 @@ class Ranks:
         """``phases_by_owner``: each owner spreads its refreshes over the period for itself."""
         self.work, self.count, self.cluster, self.network = work, ranks, cluster, network
         self.topology = cluster.topology(ranks)
-        self.owners = work.owners(self.topology)
-        self.phases = work.phases(self.owners if phases_by_owner else None)
+        self._owners = {whole: work.owners(self.topology, whole=whole) for whole in (False, True)}
+        self._phases_by_owner = phases_by_owner
         self._travel: dict[int, float] = {}
 
-    def most(self, amount: Callable[[TileWork], float]) -> float:
+    def owners(self, arm: Arm) -> list[int]:
+        """The rank of each tile; shards of a parameter come together at one rank."""
+        return self._owners[arm.sharded]
+
+    def most(self, arm: Arm, amount: Callable[[TileWork], float]) -> float:
         """Of what tiles take, summed by owner, the largest sum."""
-        sums = dict.fromkeys(self.owners, 0.0)
-        for tile, owner in zip(self.work.tiles, self.owners, strict=True):
-            sums[owner] += amount(tile)
+        sums: dict[int, float] = {}
+        for tile, owner in zip(self.work.tiles, self.owners(arm), strict=True):
+            sums[owner] = sums.get(owner, 0.0) + amount(tile)
         return max(sums.values(), default=0.0)
 
-    def part(self, amount: Callable[[TileWork], float], *, owned: bool) -> float:
+    def part(self, arm: Arm, amount: Callable[[TileWork], float], *, owned: bool) -> float:
         """Of what tiles take, on the busiest rank."""
-        return self.most(amount) if owned else sum(map(amount, self.work.tiles))
+        return self.most(arm, amount) if owned else sum(map(amount, self.work.tiles))
 
     def pass_s(self, nbytes: float) -> float:
         """One pass of ``nbytes`` over all ranks, as sums are scattered or parts gathered.
@@ -144,8 +148,8 @@ class Ranks:
         seconds = moved / self.cluster.memory_bytes_per_s
         if arm.where is Where.NOBODY:
             return seconds
-        seconds += self.part(lambda tile: tile.turn_s(self.cluster), owned=arm.update_owned)
-        seconds += self.part(lambda tile: tile.fold_s(self.cluster), owned=arm.owned)
+        seconds += self.part(arm, lambda tile: tile.turn_s(self.cluster), owned=arm.update_owned)
+        seconds += self.part(arm, lambda tile: tile.fold_s(self.cluster), owned=arm.owned)
         return seconds + (self.exchange_s(arm) if arm.update_owned else 0.0)
 
     def exchange_s(self, arm: Arm) -> float:
@@ -155,7 +159,7 @@ class Ranks:
             return self.pass_s(UPDATE_BYTES * elements)
         # Each rank sends every owner its shards of the owner's tiles; owners of the largest tiles
         # take in the most.
-        most = self.most(lambda tile: (TRAVEL_BYTES + UPDATE_BYTES) * tile.elements)
+        most = self.most(arm, lambda tile: (TRAVEL_BYTES + UPDATE_BYTES) * tile.elements)
         nodes = len(self.topology.nodes)
         speed = self.network.inter if nodes > 1 else self.network.intra
         return speed.seconds(most / self.count, self.count - 1)
@@ -164,10 +168,10 @@ class Ranks:
         """A round of refreshes in the step, on the device, and its results on every rank."""
         if arm.where is not Where.INSIDE:
             return 0.0
-        seconds = self.part(lambda tile: tile.refresh_s(self.cluster.device), owned=arm.owned)
+        seconds = self.part(arm, lambda tile: tile.refresh_s(self.cluster.device), owned=arm.owned)
         if not arm.owned or arm.update_owned or self.count == 1:
             return seconds
-        sending_s = self.most(self._travel_s)
+        sending_s = self.most(arm, self._travel_s)
         return seconds + max(sending_s, self._passing_s(self.round_bytes))
 
     @property
@@ -176,15 +180,16 @@ class Ranks:
         return sum(tile.basis_bytes for tile in self.work.tiles)
 
     def sent_bytes(self) -> dict[Link, int]:
-        """Between all ranks by one round of results."""
+        """Between all ranks by one round of results to replicas."""
         sizes = [tile.basis_bytes for tile in self.work.tiles]
-        sent = round_bytes(sizes, self.owners, self.topology)
+        sent = round_bytes(sizes, self._owners[False], self.topology)
         return {link: sum(rank[link] for rank in sent) for link in Link}
 
     def refreshes(self, arm: Arm) -> list[Refresh]:
         """One for each tile, beside the training; where every rank does all, those of one."""
         _, threads = self.cluster.workers
-        device = arm.where is Where.DEVICE
+        device, owners = arm.where is Where.DEVICE, self.owners(arm)
+        phases = self.work.phases(owners if self._phases_by_owner else None)
         travels = arm.owned and not arm.update_owned and self.count > 1
         per_node = self.count // len(self.topology.nodes)
         link = self.cluster.link_bytes_per_s
@@ -204,7 +209,7 @@ class Ranks:
                 + (tile.basis_bytes / link if travels or not device else 0.0),
                 place=owner % per_node,
             )
-            for tile, owner, phase in zip(self.work.tiles, self.owners, self.phases, strict=True)
+            for tile, owner, phase in zip(self.work.tiles, owners, phases, strict=True)
         ]
 
     def _travel_s(self, tile: TileWork) -> float:
@@ -230,9 +235,9 @@ class Ranks:
         if arm.where is Where.NOBODY:
             return held + moments * elements / (self.count if arm.sharded else 1)
         held += moments * self.work.plain / (self.count if arm.update_owned else 1)
-        held += self.part(lambda tile: moments * tile.elements, owned=arm.update_owned)
-        held += self.part(lambda tile: tile.basis_bytes, owned=arm.owned)
-        return held + self.part(lambda tile: tile.basis_bytes, owned=arm.update_owned)
+        held += self.part(arm, lambda tile: moments * tile.elements, owned=arm.update_owned)
+        held += self.part(arm, lambda tile: tile.basis_bytes, owned=arm.owned)
+        return held + self.part(arm, lambda tile: tile.basis_bytes, owned=arm.update_owned)
 
 
 def run(ranks: Ranks, arm: Arm, *, period: int) -> dict[str, Any]:

@@ -175,7 +175,9 @@ def predict(
 
 def _work(case: Case, count: int) -> Workload:
     """Each rank has a token, so that the emulated device takes as long on any number."""
-    tiles = tuple(TileWork(shape, 1, shape[0] * shape[1]) for shape in case.shapes)
+    tiles = tuple(
+        TileWork(shape, 1, shape[0] * shape[1], place) for place, shape in enumerate(case.shapes)
+    )
     training = Training(model="check", batch_tokens=count)
     return Workload(training, case.parameters, case.parameters, tiles)
 

@@ -143,6 +143,8 @@ class TileWork:
     """Of the factors of a block."""
     blocks: int
     elements: int
+    parameter: int = 0
+    """Position of the parameter that it is a part of."""
 
     @property
     def basis_bytes(self) -> int:
@@ -203,10 +205,17 @@ class Workload:
                 found[place] = phase
         return found
 
-    def owners(self, topology: Topology) -> list[int]:
-        """The rank of each tile, as the runtime assigns them."""
+    def owners(self, topology: Topology, *, whole: bool = False) -> list[int]:
+        """The rank of each tile, as the runtime assigns them; ``whole`` parameters for shards."""
         turns = topology.in_turns()
-        return [turns[place] for place in assign([tile.load for tile in self.tiles], len(turns))]
+        keys = [tile.parameter if whole else place for place, tile in enumerate(self.tiles)]
+        loads: dict[int, Load] = {}
+        for key, tile in zip(keys, self.tiles, strict=True):
+            cost, nbytes = loads.get(key, Load(0.0, 0.0))
+            loads[key] = Load(cost + tile.load.cost, nbytes + tile.load.nbytes)
+        assigned = assign(list(loads.values()), len(turns))
+        owners = {key: turns[place] for key, place in zip(loads, assigned, strict=True)}
+        return [owners[key] for key in keys]
 
 
 def workload(training: Training) -> Workload:
@@ -219,8 +228,9 @@ def workload(training: Training) -> Workload:
             tile.shape.factor_sizes(),
             tile.blocks,
             tile.blocks * torch.Size(tile.shape.dims).numel(),
+            parameter,
         )
-        for _, way in ways
+        for parameter, (_, way) in enumerate(ways)
         if way.rule.has_bases
         for tile in way.tiles
     ]

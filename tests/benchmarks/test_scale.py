@@ -27,7 +27,11 @@ from benchmarks.scale_model import (
 )
 
 NETWORK = NETWORKS["infiniband"]
-TILES = tuple(TileWork((n, 64), 1, n * 64) for n in (256, 128, 128, 64, 64, 64, 32, 32))
+SIZES = (256, 128, 128, 64, 64, 64, 32, 32)
+TILES = tuple(TileWork((n, 64), 1, n * 64, place) for place, n in enumerate(SIZES))
+REPLICAS = Arm(name="replicas", where=Where.HOST, staleness=2)
+SHARDS = dataclasses.replace(REPLICAS, name="shards", update_owned=True, sharded=True)
+SIXTEEN = tuple(dataclasses.replace(TILES[0], parameter=place) for place in range(16))
 ELEMENTS = sum(tile.elements for tile in TILES)
 
 
@@ -64,7 +68,9 @@ def test_owners_stay_near_the_bound_on_any_number_of_ranks() -> None:
     costs = [tile.load.cost for tile in work.tiles]
     for count in (8, 64):
         here = Ranks(work, count, Cluster(), NETWORK)
-        assert here.most(lambda tile: tile.load.cost) <= 1.05 * least_makespan(costs, count)
+        assert here.most(REPLICAS, lambda tile: tile.load.cost) <= 1.05 * least_makespan(
+            costs, count
+        )
 
 
 def test_one_rank_is_the_same_in_all_ways() -> None:
@@ -98,7 +104,7 @@ def test_communication_counts_where_nothing_hides_it() -> None:
 
 
 def test_owners_share_refreshes_and_updates() -> None:
-    work = dataclasses.replace(small(), tiles=(TILES[0],) * 16)
+    work = dataclasses.replace(small(), tiles=SIXTEEN)
     whole, shared = ranks(1, work), ranks(8, work)
     _, every, owners, *_ = arms(False, [0])
     assert shared.inside_s(every) == whole.inside_s(every)
@@ -109,7 +115,7 @@ def test_owners_share_refreshes_and_updates() -> None:
 
 
 def test_replicas_share_factors_only() -> None:
-    work = dataclasses.replace(small(), tiles=(TILES[0],) * 16)
+    work = dataclasses.replace(small(), tiles=SIXTEEN)
     shared, cluster = ranks(8, work), Cluster()
     replicas = Arm(name="", where=Where.HOST, staleness=1)
     every = dataclasses.replace(replicas, owned=False)
@@ -154,13 +160,22 @@ def test_nothing_waits_where_there_is_slack_and_all_does_where_there_is_none() -
 
 
 def test_phases_by_owner_begin_together() -> None:
-    work, cluster = small(), Cluster()
-    together = Ranks(work, 8, cluster, NETWORK, phases_by_owner=True)
-    assert together.phases == [0.0] * 8
-    spread = Ranks(work, 8, cluster, NETWORK)
-    assert len(set(spread.phases)) == 8
-    pairs = Ranks(work, 2, cluster, NETWORK, phases_by_owner=True)
-    assert pairs.phases.count(0.0) == 2
+    def begun(count: int, by_owner: bool) -> int:
+        here = Ranks(small(), count, Cluster(), NETWORK, phases_by_owner=by_owner)
+        return [way.phase for way in here.refreshes(REPLICAS)].count(0.0)
+
+    assert [begun(8, False), begun(8, True), begun(2, True)] == [1, 8, 2]
+
+
+def test_shards_of_a_parameter_come_together_at_one_rank() -> None:
+    tiles = [dataclasses.replace(TILES[0], parameter=place // 4) for place in range(8)]
+    here = ranks(8, dataclasses.replace(small(), tiles=tuple(tiles)))
+    assert len(set(here.owners(REPLICAS))) == 8
+    assert here.owners(SHARDS) == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert here.most(SHARDS, lambda tile: 1.0) == 4.0
+    blocks = workload(TRAININGS["olmo-2-1b, blocks of 2048"])
+    assert len({tile.parameter for tile in blocks.tiles}) == 114
+    assert len(blocks.tiles) == 354
 
 
 def test_state_is_counted_where_it_is() -> None:
