@@ -8,6 +8,7 @@ from asteria.config.runtime import RuntimeConfig
 from asteria.errors import (
     AsteriaError,
     CheckpointError,
+    CoherenceError,
     ConfigError,
     GradientError,
     NonFiniteGradientError,
@@ -28,6 +29,7 @@ __all__ = [
     "SOAP",
     "AsteriaError",
     "CheckpointError",
+    "CoherenceError",
     "ConfigError",
     "GradientError",
     "KLShampoo",

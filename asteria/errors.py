@@ -9,6 +9,7 @@ AsteriaError
 ├── StoreError (RuntimeError)         state could not be moved between tiers
 │   ├── StoreFullError                ... because there is no room on a tier
 │   └── StoreCorruptError             ... because what came back is not what was written
+├── CoherenceError (RuntimeError)     ranks that train the same model lost each other
 └── CheckpointError (ValueError)      a state that does not belong to these parameters
 
 A message says what was asked, what was found and what to change.
@@ -17,6 +18,7 @@ A message says what was asked, what was found and what to change.
 __all__ = [
     "AsteriaError",
     "CheckpointError",
+    "CoherenceError",
     "ConfigError",
     "GradientError",
     "NonFiniteGradientError",
@@ -64,5 +66,9 @@ class StoreCorruptError(StoreError):
     """What came back from a tier is not what was written."""
 
 
+class CoherenceError(AsteriaError, RuntimeError):
+    """A rank that trains the same model is lost, stuck, or does something else than this one."""
+
+
 class CheckpointError(AsteriaError, ValueError):
-    """A state that does not belong to these parameters; nothing was loaded."""
+    """A state that does not belong to these parameters, or got lost when it was to be replaced."""

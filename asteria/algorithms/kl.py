@@ -22,7 +22,6 @@ from asteria.algorithms.algorithm import (
     Contribution,
     Pair,
     bases,
-    fold_,
 )
 from asteria.algorithms.rotated_adam import (
     moment_fields,
@@ -57,8 +56,10 @@ class _KullbackLeibler:
         """The same rule with eigenbases stored in this dtype."""
         return type(self)(bases_in)
 
-    def begin_(self, state: BlockState, gradient: Tensor, hyper: Hyperparameters) -> None:
-        """Unwhitened factors of the first gradient; constant eigenvalues, if none are there."""
+    def first_contributions(
+        self, state: BlockState, gradient: Tensor, hyper: Hyperparameters
+    ) -> Iterator[Contribution]:
+        """The gradient, not whitened; constant eigenvalues, if none are there."""
         rank = gradient.dim() - 1
         scaled = gradient
         if hyper.init_factor is None:
@@ -75,8 +76,7 @@ class _KullbackLeibler:
                 root.masked_fill_(waiting.unsqueeze(-1), hyper.init_factor**-0.5)
         for mode, basis in enumerate(bases(state, rank)):
             if basis is not None:
-                given = _contribution(scaled, mode, hyper)
-                fold_(state, given, hyper.shampoo_beta, None)
+                yield _contribution(scaled, mode, hyper)
 
     def contributed_tensors(self, block: BlockShape) -> int:
         """The gradient whitened on the other modes, for each factor."""

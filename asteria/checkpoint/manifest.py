@@ -1,7 +1,8 @@
 """What a state dict says of itself: whose it is, and in which format.
 
 It stands in every parameter group, as ``"asteria": "soap/1"``, because that is what torch's and
-other people's handling of state dicts keeps, flattened or not.
+other people's handling of state dicts keeps, flattened or not. A slim state says that it is one,
+``"soap/1/slim"``, for torch's functions put what the loader has where the file has nothing.
 """
 
 from __future__ import annotations
@@ -14,18 +15,24 @@ from asteria.algorithms.kl import KLSOAP, KLShampoo
 from asteria.algorithms.soap import SOAP
 from asteria.errors import CheckpointError
 
-__all__ = ["KEY", "manifest", "manifest_problems", "rule_of"]
+__all__ = ["KEY", "is_slim", "manifest", "manifest_problems", "rule_of"]
 
 KEY = "asteria"
 """Of the manifest in a parameter group."""
 _FORMAT = 1
 """Raised when keys, shapes or what they mean change."""
+_SLIM = "/slim"
 _RULES: dict[str, Algorithm] = {rule.name: rule for rule in (SOAP(), KLShampoo(), KLSOAP())}
 
 
-def manifest(rule: Algorithm) -> str:
-    """What the groups of an optimizer with this rule say."""
-    return f"{rule.name}/{_FORMAT}"
+def manifest(rule: Algorithm, *, slim: bool = False) -> str:
+    """What the groups of an optimizer with this rule say, or those of its ``slim`` state."""
+    return f"{rule.name}/{_FORMAT}{_SLIM if slim else ''}"
+
+
+def is_slim(group: Mapping[str, Any]) -> bool:
+    """Whether bases and factors were left out of the state of a group, whatever is there now."""
+    return str(group.get(KEY, "")).endswith(_SLIM)
 
 
 def manifest_problems(groups: Iterable[Mapping[str, Any]], rule: Algorithm) -> Iterator[str]:
@@ -34,7 +41,7 @@ def manifest_problems(groups: Iterable[Mapping[str, Any]], rule: Algorithm) -> I
     A group that says nothing is taken at its keys.
     """
     for number, group in enumerate(groups):
-        if group.get(KEY, manifest(rule)) == manifest(rule):
+        if group.get(KEY, manifest(rule)) in (manifest(rule), manifest(rule, slim=True)):
             continue
         name, version = _read(group)
         if version is None:
@@ -62,5 +69,5 @@ def rule_of(group: Mapping[str, Any]) -> Algorithm:
 
 def _read(group: Mapping[str, Any]) -> tuple[str, int | None]:
     """(name of the rule, format); no format if there is no manifest or it cannot be read."""
-    name, _, version = str(group.get(KEY, "")).partition("/")
+    name, _, version = str(group.get(KEY, "")).removesuffix(_SLIM).partition("/")
     return name, int(version) if version.isdecimal() else None

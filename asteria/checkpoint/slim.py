@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from asteria.algorithms.algorithm import Algorithm
+from asteria.checkpoint.flat import is_flat, joined, parted
 from asteria.checkpoint.form import check_form
-from asteria.checkpoint.manifest import rule_of
+from asteria.checkpoint.manifest import KEY, manifest, rule_of
 from asteria.errors import ConfigError
 from asteria.linalg.modes import transform
 from asteria.runtime.records import is_rebuilt
 from asteria.runtime.routing import route
+from asteria.store.distant import plain
 
 __all__ = ["slim"]
+
+_UNREAD = ("factor_", "shadow_")
+"""Whose values are not looked at."""
 
 
 def slim(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,24 +33,41 @@ def slim(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     second moment, and KL-Shampoo's eigenvalues, belong to columns that are gone: they stay as they
     are, and after loading take their places in the new bases by rank.
 
-    For the nested format of ``optimizer.state_dict()`` and, by names of parameters, of
-    ``get_optimizer_state_dict``. Computes on the tensors' devices. Any thread.
+    For ``optimizer.state_dict()`` and what torch.distributed.checkpoint makes of it: by names of
+    parameters, full, flattened. Its loader needs ``asteria.slim`` of its own state as the template.
+    Computes on the tensors' devices. Any thread.
 
     Raises CheckpointError if it is no such state dict.
     """
+    if is_flat(state_dict):
+        flat, options = parted(state_dict)
+        for name in flat.keys() | options.keys():
+            group = options.get(name, {})
+            rule = rule_of(group)
+            options[name] = _marked(group, rule)
+            if name in flat:
+                flat[name] = _slimmed(flat[name], group, rule)
+        return joined(flat, options)
     check_form(state_dict)
     state = dict(state_dict["state"])
+    marked_groups = []
     for group in state_dict["param_groups"]:
         rule = rule_of(group)
+        marked_groups.append(_marked(group, rule))
         for key in group["params"]:
             if state.get(key):
                 state[key] = _slimmed(state[key], group, rule)
-    return {**state_dict, "state": state}
+    return {**state_dict, "state": state, "param_groups": marked_groups}
+
+
+def _marked(group: Mapping[str, Any], rule: Algorithm) -> dict[str, Any]:
+    return {**group, KEY: manifest(rule, slim=True)}
 
 
 def _slimmed(
     entries: Mapping[str, Tensor], group: Mapping[str, Any], rule: Algorithm
 ) -> dict[str, Tensor]:
+    entries = {key: t if key.startswith(_UNREAD) else plain(t) for key, t in entries.items()}
     # Copies, for a view would take the memory that it shows a part of into a file with it.
     kept = {key: t.clone() for key, t in entries.items() if not is_rebuilt(key)}
     if "born" not in entries or entries["born"] > entries["step"]:

@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 
+from asteria.config.refresh_plan import KEY, is_plan_text
 from asteria.errors import ConfigError
 
-__all__ = ["FIRST_PERIOD", "Hyperparameters", "check_group", "check_keys"]
+__all__ = ["DECIDED", "FIRST_PERIOD", "Hyperparameters", "check_group", "check_keys"]
 
 FIRST_PERIOD = 10
 """``precondition_frequency="auto"`` means this many steps until it has become a number."""
+
+DECIDED = {"young_stride": 1, KEY: ""}
+"""Options that a run decides on by itself, which stay in the group then, as they begin."""
 
 # Written into groups by torch, by its schedulers and by training frameworks; not ours to judge.
 _FOREIGN_KEYS = frozenset(
@@ -101,6 +105,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
         'an int >= 1 (steps), or "auto"',
     ),
     "young_stride": (_is_count, "an int >= 1 (young refreshes)"),
+    KEY: (is_plan_text, "a text such as '768x768 device ldlr; 512x512 host qr every 20'"),
     "max_precond_dim": (_is_count, "an int >= 1"),
     "merge_dims": _FLAG,
     "precondition_1d": _FLAG,
@@ -172,6 +177,8 @@ class Hyperparameters:
     max_inverse_root: float | None = None
     young_stride: int = 1
     """Of the early refreshes of ``start="fresh"`` every n-th takes place."""
+    refresh_plan: str = ""
+    """As `read_plan` reads it."""
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
@@ -186,6 +193,7 @@ class Hyperparameters:
             eps=group["eps"],
             precondition_frequency=FIRST_PERIOD if period == "auto" else period,
             young_stride=group.get("young_stride", 1),
+            refresh_plan=group.get(KEY, ""),
             normalize_grads=group["normalize_grads"],
             correct_bias=group.get("correct_bias", True),
             maximize=group["maximize"],

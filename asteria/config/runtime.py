@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed
 
 from asteria.errors import ConfigError
 
@@ -34,11 +35,15 @@ _CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "nonfinite": (get_args(Nonfinite), get_args(Nonfinite)),
     "shards": (("exact", "local"), ("exact",)),
 }
-# Fields whose only built value is None.
-_LATER = (
-    "process_group",
-    "node_size",
-)
+
+
+def _is_process_group(value: object) -> bool:
+    there = torch.distributed.is_available()
+    return there and isinstance(value, torch.distributed.ProcessGroup)
+
+
+def _unpickled(values: dict[str, Any]) -> RuntimeConfig:
+    return RuntimeConfig(**values)
 
 
 def parse_bytes(text: int | str) -> int:
@@ -138,9 +143,12 @@ class RuntimeConfig:
     shards: Literal["exact", "local"] = "exact"
     """Rule for sharded parameters, which this version refuses."""
     process_group: Any = None
-    """Data-parallel group: not available in this version."""
+    """The processes that train the same parameters, whose gradients are equal (DDP, or an
+    all-reduce by hand): a ``torch.distributed.ProcessGroup``, or `"alone"`. They share the factors
+    and refreshes. None: the default group, if there is one.
+    """
     node_size: int | None = None
-    """Ranks per node: not available in this version."""
+    """Neighbouring ranks that share a node; None is found out from the launcher or the host."""
 
     def __post_init__(self) -> None:
         for name, (known, built) in _CHOICES.items():
@@ -164,9 +172,10 @@ class RuntimeConfig:
             ("staleness", 0, "steps"),
             ("workers", 1, "threads"),
             ("max_failures", 1, "refreshes"),
+            ("node_size", 1, "ranks"),
         ):
             value = getattr(self, name)
-            if value is None and name == "workers":
+            if value is None and name in ("workers", "node_size"):
                 continue
             count = isinstance(value, int) and not isinstance(value, bool)
             if not count or value < least:
@@ -185,12 +194,12 @@ class RuntimeConfig:
                     parse_bytes(getattr(self, name))
                 except ConfigError as error:
                     raise ConfigError(f"RuntimeConfig.{name}: {error}") from None
-        for name in _LATER:
-            if getattr(self, name) is not None:
-                raise ConfigError(
-                    f"RuntimeConfig.{name}={getattr(self, name)!r} is not available in this "
-                    "version: leave it at None"
-                )
+        group = self.process_group
+        if group is not None and group != "alone" and not _is_process_group(group):
+            raise ConfigError(
+                "RuntimeConfig.process_group must be a torch.distributed.ProcessGroup, "
+                f'"alone" or None, found {group!r}'
+            )
 
     @classmethod
     def reference(cls) -> RuntimeConfig:
@@ -199,6 +208,16 @@ class RuntimeConfig:
         With it the optimizers follow the published implementations' trajectories.
         """
         return cls(refresh="sync", refresh_method="qr", start="eigh", staleness=0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RuntimeConfig:
+        return self  # nothing in it changes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without a process group, which belongs to its process."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not isinstance(self.process_group, str):
+            values["process_group"] = None
+        return _unpickled, (values,)
 
     def __repr__(self) -> str:
         changed = (

@@ -11,9 +11,20 @@ from torch import Tensor
 from asteria.config.hyperparameters import check_group, check_keys
 from asteria.errors import ConfigError, GradientError
 
-__all__ = ["check_dtype", "check_gradient", "check_parameter", "group_problems"]
+__all__ = ["check_dtype", "check_gradient", "check_parameter", "given_parameters", "group_problems"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def given_parameters(optimizer: str, params: Any) -> Any:
+    """What an optimizer was given, read once; raises ConfigError if it is empty."""
+    given = params if isinstance(params, Tensor | set) else list(params)
+    if isinstance(given, list) and not given:
+        raise ConfigError(
+            f"{optimizer} got an empty parameter list: pass model.parameters() of a model that has "
+            "some, as a list if it is used twice"
+        )
+    return given
 
 
 def check_parameter(name: str, parameter: Tensor) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from asteria.algorithms.algorithm import Algorithm
+from asteria.config.runtime import RuntimeConfig
+from asteria.optim.loading import Named
 from asteria.planner.table import aligned, readable_bytes
-from asteria.runtime.records import Route, state_dtype
+from asteria.runtime.choices import refresh_texts
+from asteria.runtime.records import ParameterRecord, Route, state_dtype
+from asteria.runtime.routing import route
 
-__all__ = ["Description", "ParameterDescription", "describe_parameter"]
+__all__ = ["Description", "ParameterDescription", "describe", "describe_parameter"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +33,13 @@ class ParameterDescription:
     """For each block shape the sizes of its Kronecker factors."""
     state_bytes: int
     """Of all state tensors, step counter aside."""
+    refreshes: tuple[str, ...] = ()
+    """For each block shape where it is refreshed and how, if the parameter is on an accelerator."""
 
 
-def describe_parameter(name: str, parameter: Tensor, way: Route) -> ParameterDescription:
+def describe_parameter(
+    name: str, parameter: Tensor, way: Route, refreshes: tuple[str, ...] = ()
+) -> ParameterDescription:
     """The row of a parameter that goes this way."""
     shapes = [(shape, blocks) for _, shape, blocks in way.extents() if shape.dims]
     return ParameterDescription(
@@ -40,6 +50,7 @@ def describe_parameter(name: str, parameter: Tensor, way: Route) -> ParameterDes
         blocks=tuple((blocks, shape.dims) for shape, blocks in shapes),
         factors=tuple(shape.factor_sizes() for shape, _ in shapes),
         state_bytes=way.state_bytes(state_dtype(parameter)),
+        refreshes=refreshes,
     )
 
 
@@ -55,16 +66,36 @@ class Description:
         return sum(row.state_bytes for row in self.rows)
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "dtype", "rule", "blocks", "factors", "state")
+        head = ["parameter", "shape", "dtype", "rule", "blocks", "factors", "state"]
         table = [head, *map(_cells, self.rows)]
-        table.append(("total", "", "", "", "", "", readable_bytes(self.state_bytes)))
+        table.append(["total", "", "", "", "", "", readable_bytes(self.state_bytes)])
+        if any(row.refreshes for row in self.rows):
+            refreshes = [" + ".join(row.refreshes) or "-" for row in self.rows]
+            for line, cell in zip(table, ["refreshes", *refreshes, ""], strict=True):
+                line.append(cell)
         return aligned(table)
 
 
-def _cells(row: ParameterDescription) -> tuple[str, ...]:
+def describe(
+    named: Iterable[Named],
+    records: Mapping[Tensor, ParameterRecord],
+    rule: Algorithm,
+    config: RuntimeConfig,
+) -> Description:
+    """The routing of parameters; those without a record go the way that ``rule`` gives them now."""
+    rows = []
+    for _, name, p, group in named:
+        known = records.get(p)
+        way = route(p.shape, group, rule, name) if known is None else known.route
+        texts = refresh_texts(config, group, p, way)
+        rows.append(describe_parameter(name, p, way, texts))
+    return Description(tuple(rows))
+
+
+def _cells(row: ParameterDescription) -> list[str]:
     blocks = " + ".join(f"{count} x {_dims(dims)}" for count, dims in row.blocks)
     factors = " + ".join(", ".join(map(str, sizes)) for sizes in row.factors)
-    return (
+    return [
         row.name,
         _dims(row.shape) or "scalar",
         row.dtype,
@@ -72,7 +103,7 @@ def _cells(row: ParameterDescription) -> tuple[str, ...]:
         blocks or "-",
         factors or "-",
         readable_bytes(row.state_bytes),
-    )
+    ]
 
 
 def _dims(dims: tuple[int, ...]) -> str:

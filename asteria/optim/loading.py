@@ -16,11 +16,11 @@ from asteria.checkpoint.foreign import (
     origin_problems,
 )
 from asteria.checkpoint.form import check_form
-from asteria.checkpoint.manifest import manifest_problems
+from asteria.checkpoint.manifest import KEY, is_slim, manifest, manifest_problems
 from asteria.errors import CheckpointError
 from asteria.optim.checks import group_problems
 from asteria.runtime.admission import check_saved
-from asteria.runtime.records import ParameterRecord
+from asteria.runtime.records import ParameterRecord, is_rebuilt
 
 __all__ = ["Named", "loaded_groups", "match_state"]
 
@@ -56,8 +56,9 @@ def match_state(
 ) -> dict[ParameterRecord, Mapping[str, Tensor]]:
     """Records for the state of ``loaded``, checked as a whole against the parameters.
 
-    ``groups`` are those of `loaded_groups`; ``known`` are the options of the optimizer, which has
-    this ``rule``, and ``named`` its parameters. Raises CheckpointError that lists every problem.
+    ``groups`` are those of `loaded_groups`, and then of this optimizer; ``known`` are its options,
+    ``rule`` is its rule and ``named`` its parameters. Raises CheckpointError that lists every
+    problem.
     """
     state: Mapping[Any, Mapping[str, Any]] = loaded["state"]
     origin = origin_of(loaded["param_groups"])
@@ -71,10 +72,15 @@ def match_state(
     for (index, name, parameter, _), (key, group) in zip(named, keys, strict=True):
         if state.get(key) and options_fit:
             record = make_record(index, name, parameter, group)
+            entries = state[key]
+            if is_slim(group):  # the others are not of this state
+                entries = {key: value for key, value in entries.items() if not is_rebuilt(key)}
             try:
-                matched[record] = adopted_state(origin, state[key], record.route, record.shape)
+                matched[record] = adopted_state(origin, entries, record.route, record.shape)
             except CheckpointError as error:
                 problems.append(f"{name}: {error}")
     problems += [f"state of a parameter {key!r} that no group has" for key in nobodys]
     check_saved(matched, problems)
+    for group in groups:
+        group[KEY] = manifest(rule)
     return matched

@@ -13,12 +13,14 @@ from torch import Tensor
 from asteria.algorithms.algorithm import Algorithm
 from asteria.checkpoint.form import check_form
 from asteria.checkpoint.manifest import KEY, manifest
-from asteria.config.hyperparameters import Hyperparameters, check_group, check_keys
+from asteria.config.hyperparameters import DECIDED, Hyperparameters, check_group, check_keys
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError
-from asteria.optim.checks import check_dtype, check_gradient, check_parameter
-from asteria.optim.description import Description, describe_parameter
+from asteria.optim.checks import check_dtype, check_gradient, check_parameter, given_parameters
+from asteria.optim.description import Description, describe
+from asteria.optim.intact import Intact
 from asteria.optim.loading import Named, loaded_groups, match_state
+from asteria.optim.members import members
 from asteria.runtime.chunks import Update
 from asteria.runtime.engine import Engine
 from asteria.runtime.entries import Entries
@@ -52,20 +54,15 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 f"runtime must be an asteria.RuntimeConfig, found {type(runtime).__name__}"
             )
         check_group(defaults, type(self).__name__)
-        given: Any = params if isinstance(params, Tensor | set) else list(params)
-        if isinstance(given, list) and not given:
-            raise ConfigError(
-                f"{type(self).__name__} got an empty parameter list: pass model.parameters() of a "
-                "model that has some, as a list if it is used twice"
-            )
+        given = given_parameters(type(self).__name__, params)
         self._runtime = runtime
         self.rule = rule_for(type(self).rule, runtime)
-        self._engine = Engine(runtime)
+        self._engine, self._intact = Engine(runtime), Intact()
         self._records: dict[Tensor, ParameterRecord] = {}
         # The published code knows no stacks of matrices, so the control arm guesses none.
         control = replace(runtime, nonfinite="raise") == RuntimeConfig.reference()
         batch_dims = 0 if control else None
-        ours = {"batch_dims": batch_dims, "young_stride": 1, KEY: manifest(self.rule)}
+        ours = {"batch_dims": batch_dims, **DECIDED, KEY: manifest(self.rule)}
         super().__init__(given, {**defaults, **ours})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -79,11 +76,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if isinstance(given, Iterable) and not isinstance(given, set):
             entries = [given] if isinstance(given, Tensor) else list(given)
             for position, entry in enumerate(entries):
-                pair = (
-                    entry
-                    if isinstance(entry, tuple)
-                    else (f"parameter {position} of {where}", entry)
-                )
+                nameless = (f"parameter {position} of {where}", entry)
+                pair = entry if isinstance(entry, tuple) else nameless
                 if isinstance(pair[1], Tensor):
                     check_parameter(*pair)
                     route(pair[1].shape, {**self.defaults, **param_group}, self.rule, pair[0])
@@ -126,6 +120,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # lazily; torch.compiler imports it all
     def _step_parameters(self, present: list[Named]) -> None:
+        self._intact.check()
         self._forget_replaced_state()
         self._engine.begin_step(self.param_groups)
         updates: dict[ParameterRecord, Update] = {}
@@ -167,7 +162,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if gone:
             for record in gone:  # as long as it can be read
                 if isinstance(entries := self.state.get(record.parameter), Entries):
-                    self.state[record.parameter] = entries.copy()
+                    self.state[record.parameter] = entries.promised()
             self._engine.discard(gone)
             for record in gone:
                 del self._records[record.parameter]
@@ -185,19 +180,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def _admit(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:
         """Make state for new records, of the saved values where there are any."""
-        self._engine.admit(list(saved), {r: values for r, values in saved.items() if values})
+        self._engine.admit(list(saved), saved, lambda: members(self._named(), self.rule))
         for record in saved:
             self._records[record.parameter] = record
             self.state[record.parameter] = record.entries
 
     def describe(self) -> Description:
         """How every parameter is treated, as a table (``str``) or ``.rows``. Needs no gradient."""
-        records = self._records
-        ways = (
-            (name, p, records[p].route if p in records else route(p.shape, group, self.rule, name))
-            for _, name, p, group in self._named()
-        )
-        return Description(tuple(describe_parameter(*way) for way in ways))
+        return describe(self._named(), self._records, self.rule, self._runtime)
 
     def stats(self) -> Stats:
         """What was done since this optimizer was made; waits for the device."""
@@ -206,15 +196,20 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State and groups in torch's format: flat tensors keyed by parameter, and plain values.
 
+        What lies on a lower tier is as it is now, and read when somebody looks at the tensor.
         Waits for the device and for refreshes in flight, which are part of it. Raises
-        NonFiniteGradientError if the device has refused a step.
+        NonFiniteGradientError if the device has refused a step, CheckpointError if the state got
+        lost in a load.
         """
+        self._settle()
+        with ExitStack() as hooks:
+            hooks.callback(self.register_state_dict_post_hook(_promise_all, prepend=True).remove)
+            return super().state_dict()
+
+    def _settle(self) -> None:
+        self._intact.check()
         self._engine.settle()
         self._forget_replaced_state()
-
-        with ExitStack() as hooks:
-            hooks.callback(self.register_state_dict_post_hook(_read_all, prepend=True).remove)
-            return super().state_dict()
 
     def close(self) -> None:
         """Stop the worker threads, which a later step would start again; state on disk stays."""
@@ -232,6 +227,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         Also takes the state of ``torch.optim.AdamW`` and, into SOAP, that of its authors' program:
         with the options that they have, and this optimizer's own for the others.
         Raises CheckpointError, which lists everything that does not fit, and then loads nothing.
+        Whatever else is raised, as StoreFullError, comes when the old state has made room: then
+        there is none until another load succeeds.
         """
         records: dict[ParameterRecord, Mapping[str, Tensor]] = {}
 
@@ -240,7 +237,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             groups = loaded_groups(loaded, self.param_groups, self.defaults)
             named, make = self._named(), self._make_record
             records.update(match_state(loaded, groups, self.rule, self.defaults, named, make))
-            self._engine.check_room(list(records))
+            self._engine.check_room(list(records), lambda: members(self._named(), self.rule))
             return {**loaded, "state": {}, "param_groups": groups}
 
         def put_state(_: torch.optim.Optimizer) -> None:
@@ -255,13 +252,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """Make ``saved`` the state of this optimizer, in memory of its own."""
         self._engine.discard(list(self._records.values()))
         self._records = {}
-        self._admit(saved)
+        with self._intact.replacing():
+            self._admit(saved)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and copying keep: the state, and how the work is done."""
-        self._engine.settle()
-        self._forget_replaced_state()
-        state = {p: {**entries} for p, entries in self.state.items()}
+        self._settle()
+        state = {p: _promised(entries) for p, entries in self.state.items()}
         return {**super().__getstate__(), "state": state, "_runtime": self._runtime}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -273,7 +270,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             # Two optimizers cannot write one trace.
             self._runtime = replace(self._runtime, trace=None)
             self.rule = rule_for(type(self).rule, self._runtime)
-            self._engine = Engine(self._runtime)
+            self._engine, self._intact = Engine(self._runtime), Intact()
             self._records = {}
             entries = self.state
             self._restore(
@@ -290,5 +287,9 @@ def _as_dict(given: object) -> dict[str, Any]:
     return given if isinstance(given, dict) else dict(check_form(given))
 
 
-def _read_all(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
-    packed["state"] = {key: {**entries} for key, entries in packed["state"].items()}
+def _promise_all(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+    packed["state"] = {key: _promised(entries) for key, entries in packed["state"].items()}
+
+
+def _promised(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    return entries.promised() if isinstance(entries, Entries) else {**entries}

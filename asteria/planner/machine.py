@@ -10,12 +10,13 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from asteria.errors import ConfigError
 from asteria.linalg.method import Method
+from asteria.refresh.costs import HOST_LDLR_SHARE, HOST_S, Timings, interpolated
 from asteria.refresh.threads import free_cores
 from asteria.store.pressure import (
     device_free_bytes,
@@ -26,19 +27,12 @@ from asteria.store.pressure import (
 
 __all__ = [
     "Machine",
-    "Timings",
     "default_path",
     "find_machine",
     "load_machine",
     "local_machine",
     "save_machine",
 ]
-
-Timings: TypeAlias = tuple[tuple[int, float], ...]
-"""(size of a factor, seconds), by increasing size."""
-
-_LDLR_SHARE = 2.0
-"""Of the time of a QR refresh, on a host: 1.3 for factors of 64, 1.7 to 1.95 from 256 on."""
 
 _FORMAT = 1
 
@@ -63,7 +57,7 @@ class Machine:
     disk_read_bytes_per_s: float = 2.5e9
     disk_write_bytes_per_s: float = 1.2e9
     host_copy_bytes_per_s: float = 5e9
-    refresh_s: Timings = ((256, 0.0025), (512, 0.0095), (1024, 0.065), (2048, 0.44))
+    refresh_s: Timings = HOST_S
     """Of one warm-started orthogonal iteration in float32 on ``math_threads``."""
     exact_s: Timings = ((256, 0.0095), (512, 0.034), (1024, 0.23))
     """Of one exact eigenbasis, in float64."""
@@ -100,18 +94,8 @@ class Machine:
         work is taken to divide evenly among threads.
         """
         known = self.exact_s if method == "eigh" else self.refresh_s
-        share = _LDLR_SHARE if method == "ldlr" else 1.0
-        return share * _interpolated(known, size) * self.math_threads / threads
-
-
-def _interpolated(known: Timings, size: int) -> float:
-    above = next((place for place, (n, _) in enumerate(known) if n >= size), len(known))
-    if above in (0, len(known)):
-        n, seconds = known[min(above, len(known) - 1)]
-        return seconds * (size / n) ** 3
-    (low, low_s), (high, high_s) = known[above - 1], known[above]
-    share = math.log(size / low) / math.log(high / low)
-    return math.exp((1 - share) * math.log(low_s) + share * math.log(high_s))
+        share = HOST_LDLR_SHARE if method == "ldlr" else 1.0
+        return share * interpolated(known, size) * self.math_threads / threads
 
 
 def _problem(name: str, value: object) -> str | None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from asteria.linalg.eigenbasis import eigh_basis, orthogonal_iteration
 from asteria.planner.disk_speed import measure_disk
-from asteria.planner.machine import Timings, local_machine
+from asteria.planner.machine import local_machine
+from asteria.refresh.costs import Timings
 from asteria.refresh.pool import jobs_and_threads
 from asteria.refresh.threads import limit_math_threads
 

@@ -18,7 +18,15 @@ class Job(Generic[T]):
     ``run`` is for one worker; everything else may be called from any thread.
     """
 
-    def __init__(self, work: Callable[[], T], *, name: str, urgency: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        work: Callable[[], T],
+        *,
+        name: str,
+        urgency: tuple[float, ...],
+        then: Callable[[T | None, BaseException | None], None] | None = None,
+    ) -> None:
+        """``then`` gets the outcome or the error, on the worker's thread, before anybody else."""
         self.name = name
         self.urgency = urgency
         """Smaller is more urgent; compared as a tuple."""
@@ -33,6 +41,7 @@ class Job(Generic[T]):
         self._work: Callable[[], T] | None = work
         self._outcome: T | None = None
         self._error: BaseException | None = None
+        self._then = then
         self._done = threading.Event()
 
     @classmethod
@@ -47,6 +56,11 @@ class Job(Generic[T]):
     def done(self) -> bool:
         """Whether `outcome` has something to tell."""
         return self._done.is_set()
+
+    @property
+    def error(self) -> Exception | None:
+        """What `outcome` raises, if it is done and does."""
+        return self._error if self.done and isinstance(self._error, Exception) else None
 
     @property
     def wall_s(self) -> float:
@@ -74,6 +88,11 @@ class Job(Generic[T]):
         self.cpu_s = time.thread_time() - cpu
         self._finish()
 
+    def complete(self, outcome: T) -> None:
+        """Somebody else has done it."""
+        self._outcome = outcome
+        self._finish()
+
     def fail(self, error: BaseException) -> None:
         """Give up: ``error`` is the outcome."""
         self._error = error
@@ -82,7 +101,12 @@ class Job(Generic[T]):
     def _finish(self) -> None:
         self.ended_ns = time.perf_counter_ns()
         self._work = None  # with it go the tensors it was made for
-        self._done.set()
+        then, self._then = self._then, None
+        try:
+            if then is not None:
+                then(self._outcome, self._error)
+        finally:
+            self._done.set()
 
     def outcome(self) -> T:
         """What the work returned; raises what it raised, with the worker's traceback.
@@ -95,6 +119,10 @@ class Job(Generic[T]):
             raise self._error
         outcome: Any = self._outcome
         return outcome  # type: ignore[no-any-return]
+
+    def await_by(self, wait: Callable[[Job[T]], None]) -> None:
+        """Return once it is done; ``wait`` is how to wait for what workers do."""
+        wait(self)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for the end, at most so long; whether it came."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 __all__ = ["HOST_SHARE", "STEP_SHARE", "Pace", "affordable_period", "young_stride"]
 
@@ -49,6 +49,8 @@ class Pace:
         self._steps_s: deque[float] = deque(maxlen=_RECENT)
         self._waits_s: deque[float] = deque(maxlen=_RECENT)
         self._units_s: dict[Hashable, float] = {}
+        self._aside_units_s: dict[Hashable, dict[str, float]] = {}
+        """By method."""
         self.count_of_rounds = 0
         """All that were ever made inside the step."""
         self.rounds_s: deque[float] = deque(maxlen=_RECENT)
@@ -80,9 +82,23 @@ class Pace:
         """A worker took so long to refresh a unit."""
         self._units_s[unit] = seconds
 
+    def worked_aside(self, unit: Hashable, method: str, seconds: float) -> None:
+        """A device took so long to refresh a unit beside the training."""
+        self._aside_units_s.setdefault(unit, {})[method] = seconds
+
     def forget(self, unit: Hashable) -> None:
         """There is no such unit any more."""
         self._units_s.pop(unit, None)
+        self._aside_units_s.pop(unit, None)
+
+    def seconds(self, units: Iterable[Hashable]) -> float | None:
+        """Of a worker for one of ``units``, on average; None if none was seen."""
+        return _mean(self._units_s[unit] for unit in units if unit in self._units_s)
+
+    def seconds_aside(self, units: Iterable[Hashable], method: str) -> float | None:
+        """Likewise of a device, by this method."""
+        known = (self._aside_units_s.get(unit, {}) for unit in units)
+        return _mean(seconds[method] for seconds in known if method in seconds)
 
     @property
     def steps(self) -> int:
@@ -100,6 +116,13 @@ class Pace:
             return 0.0
         return sum(self._units_s.values()) * units / len(self._units_s)
 
+    def round_aside_s(self, units: int) -> float:
+        """The same of a device beside the training; 0 as long as it has done less than half."""
+        if len(self._aside_units_s) < min(units, 1 + units // 2):
+            return 0.0
+        mean = _mean(min(seconds.values()) for seconds in self._aside_units_s.values())
+        return (mean or 0.0) * units
+
     @property
     def seen_units(self) -> int:
         """Units that a worker has refreshed."""
@@ -114,3 +137,8 @@ class Pace:
         if len(self._steps_s) < _RECENT:
             return 0.0
         return sum(self._waits_s) / max(sum(self._steps_s) + sum(self._waits_s), 1e-9)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return statistics.fmean(known) if known else None

@@ -19,6 +19,7 @@ from asteria.runtime.launcher import Launcher
 from asteria.runtime.narrow import as_stored, widened
 from asteria.runtime.pending import chosen
 from asteria.runtime.records import ParameterRecord
+from asteria.runtime.results import Exchange
 from asteria.runtime.rows import rotate_
 from asteria.runtime.shadows import show_flights, take_up
 from asteria.runtime.staging import Stager
@@ -44,15 +45,19 @@ class BackgroundRefresher:
         counters: Counters,
         units: Units,
         verdicts: Verdicts,
+        governor: Governor,
         executor: Executor,
         clock: Callable[[], float],
         trace: Trace | None,
+        exchange: Exchange,
     ) -> None:
         """``config.staleness`` is at least 1; ``clock`` tells seconds as `time.perf_counter`."""
         self._config = config
+        self._exchange = exchange
         self._counters = counters
         self._units = units
         self._verdicts = verdicts
+        self._governor = governor
         self._clock = clock
         self._trace = trace
         self.pipeline: Pipeline[Unit, Refreshed] = Pipeline(
@@ -61,7 +66,10 @@ class BackgroundRefresher:
         self._landings: dict[Unit, list[_Landing]] = {}
         self._overdue_s = 0.0
         self._stager = Stager(self.pipeline)
-        self.launcher = Launcher(config, counters, units, self.pipeline, self._stager, clock)
+        self.launcher = Launcher(
+            config, counters, units, self.pipeline, self._stager, clock, exchange
+        )
+        self.launcher.landing = lambda unit: len(self._landings.get(unit, ()))
 
     def admit(self, records: Iterable[ParameterRecord]) -> None:
         """Prepare for the refreshes of new records."""
@@ -79,7 +87,7 @@ class BackgroundRefresher:
         for record in gone:
             self._stager.unwatch(record)
 
-    def collect(self, updates: Mapping[ParameterRecord, Update], governor: Governor) -> None:
+    def collect(self, updates: Mapping[ParameterRecord, Update]) -> None:
         """Take in what lands before this update; waits at the bound.
 
         Raises what a worker raised. Nothing has changed then: the failed refresh is gone, and the
@@ -89,16 +97,26 @@ class BackgroundRefresher:
         waits, begin_s = self.pipeline.waits, self._clock()
         before_s, self._overdue_s = waits.seconds, 0.0
         try:
+            if self._config.install == "ready":
+                self._agree()
             for unit in self.pipeline.units():
                 if unit.record in updates:
-                    self._collect(unit, governor)
+                    self._collect(unit)
         finally:
             waited_s = waits.seconds - before_s
-            governor.waited(waited_s, overdue_s=self._overdue_s)
+            self._governor.waited(waited_s, overdue_s=self._overdue_s)
             if self._trace is not None and waited_s:
                 self._trace.span("waits", "wait", _ns(begin_s), _ns(self._clock()))
 
-    def _collect(self, unit: Unit, governor: Governor) -> None:
+    def _agree(self) -> None:
+        """Let only those land before their time whose results all ranks have."""
+        if not self._exchange.is_shared:
+            return
+        units, flights = self.pipeline.units(), self.pipeline.flights
+        ready = self._exchange.arrived_everywhere(f for unit in units for f in flights(unit))
+        self.pipeline.may_land = lambda f: f.number in ready or (f.job.done and not f.number)
+
+    def _collect(self, unit: Unit) -> None:
         before_s, flights = self.pipeline.waits.seconds, self.pipeline.flights(unit)
         try:
             due = self.pipeline.due(unit, unit.record.steps)
@@ -107,6 +125,7 @@ class BackgroundRefresher:
             if any(flight.lands > flight.version for flight in flights):
                 self._overdue_s += self.pipeline.waits.seconds - before_s
         for flight in due:
+            self._exchange.landing(flight)
             try:
                 landing = _Landing(flight, flight.job.outcome())
             except StoreError:
@@ -117,7 +136,7 @@ class BackgroundRefresher:
                 self.pipeline.land(unit, flight)
                 raise
             if flight.job.worker:  # else it was loaded, and nobody knows what it has cost
-                governor.pace.worked(unit, flight.job.wall_s)
+                self._governor.pace.worked(unit, flight.job.wall_s)
             self._landings.setdefault(unit, []).append(landing)
 
     def lands_on(self, chunk: Chunk) -> bool:
@@ -170,7 +189,9 @@ class BackgroundRefresher:
             self._trace.span(job.worker, job.name, job.started_ns, job.ended_ns)
         self._counters.worker_s += flight.job.wall_s
         reasons = outcome.kept
-        self._counters.refreshes += outcome.count
+        if self._exchange.owns(unit):
+            self._counters.refreshes += outcome.count
+            self._counters.refresh_cost += unit.record.route.tiles[unit.ordinal].refresh_cost
         self._counters.installs += outcome.count - len(reasons)
         self._counters.retried_refreshes += sum(found.retried for found in outcome.failures)
         memory, before = self._units[unit], unit.record.versions[unit.ordinal]
@@ -182,10 +203,11 @@ class BackgroundRefresher:
         if outcome.pending is None:
             self._units.judge(unit, reasons)
             return
-        pending, counters = outcome.pending, self._counters
+        pending, counters, pace = outcome.pending, self._counters, self._governor.pace
 
         def told() -> None:
             counters.device_s += pending.seconds()
+            pace.worked_aside(unit, pending.method, pending.seconds())
 
         self._verdicts.expect(
             unit, pending.report(), before=before, version=flight.version, told=told
@@ -198,8 +220,12 @@ class BackgroundRefresher:
 
     def _forget(self, unit: Unit) -> None:
         for flight in self.pipeline.flights(unit):
-            self._stager.drop(flight)
+            self._drop(flight)
         self.pipeline.forget(unit)
+
+    def _drop(self, flight: Flight[Refreshed]) -> None:
+        self._stager.drop(flight)
+        self._exchange.dropped(flight)
 
     def restore(self, record: ParameterRecord, saved: Mapping[str, Tensor]) -> None:
         """Take up what was in flight when ``saved`` was made."""

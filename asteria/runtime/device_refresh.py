@@ -75,12 +75,13 @@ class DeviceRefresher:
                 usable=[next(flags) if has_basis else None for has_basis in factored],
                 told=told[blocks],
                 share=tile.plan.blocks / stops[-1],
+                method=method,
             )
             fresh = [next(mine) if has_basis else None for has_basis in factored]
             outcome = Refreshed(list(fresh), [], 0.0, pending)
             name = f"refresh of {unit_of(tile)} at step {version} on {chunk.extent.device}"
             job = Job.finished(outcome, name=name)
-            flights.append((unit_of(tile), Flight(version, lands, job, passed.query)))
+            flights.append((unit_of(tile), Flight(version, lands, job, passed=passed.query)))
         return flights
 
     def _side(self, device: torch.device) -> Side:
@@ -92,8 +93,9 @@ class DeviceRefresher:
 
 def _snapshots(chunk: Chunk, tiles: Sequence[Tile], *, copy_bases: bool) -> Pairs:
     """Factors of now, and bases, of these tiles; on the device, nothing travels."""
-    cells = chunk.extent.cells
-    factors = [cells[Life.SUM].window(tile.start, tile.stop) for tile in tiles]
+    extent, cells = chunk.extent, chunk.extent.cells
+    places = [extent.place(tile.start, tile.stop, Life.SUM) for tile in tiles]
+    factors = [cells[Life.SUM].window(*place) for place in places]
     bases = [cells[Life.BASIS].window(tile.start, tile.stop) for tile in tiles]
     own = bases[0]
     if len(tiles) > 1 or copy_bases:
@@ -116,10 +118,11 @@ def _refreshed(pairs: Pairs, *, method: Method, sort: bool) -> list[Tensor]:
     for (factor, basis), target in zip(pairs, fresh, strict=True):
         usable = []
         for part in _parts(factor):
-            current = basis[part].to(factor.dtype)  # which may be stored in less
-            result = refreshed(factor[part], current, method=method, sort=sort)
+            # Bases may be stored in fewer bits.
+            before = basis[part].to(factor.dtype)
+            result = refreshed(factor[part], before, method=method, sort=sort)
             usable.append(result.usable)
-            kept = torch.where(result.usable[:, None, None], result.basis, current)
+            kept = torch.where(result.usable[:, None, None], result.basis, before)
             target[part].copy_(kept)
         flags.append(torch.cat(usable))
     stacked = torch.stack(flags, dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,17 +12,24 @@ from torch import Tensor
 
 from asteria.config.runtime import RuntimeConfig
 from asteria.linalg.precision import without_autocast
-from asteria.refresh.pool import Executor, WorkerPool
+from asteria.refresh.pool import Executor, WorkerPool, jobs_and_threads
 from asteria.refresh.threads import free_cores
 from asteria.runtime.admission import Extents, admit, check_room, discard
+from asteria.runtime.answers import Answers
 from asteria.runtime.background import BackgroundRefresher
+from asteria.runtime.choices import shortest_period
 from asteria.runtime.chunks import Update, chunks
 from asteria.runtime.extents import Extent
 from asteria.runtime.foresight import Foresight
 from asteria.runtime.governor import Governor
 from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error, surely_finite
+from asteria.runtime.inside import InsideRefresher
+from asteria.runtime.peers import Member, Peers
+from asteria.runtime.placer import Placer
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.residence import Residence
+from asteria.runtime.results import Exchange
+from asteria.runtime.shadows import show_flights
 from asteria.runtime.show import show
 from asteria.runtime.stepper import Stepper
 from asteria.runtime.summary import summarize
@@ -44,6 +51,7 @@ class Engine:
         executor: Executor | None = None,
         clock: Callable[[], float] = time.perf_counter,
         residence: Residence | None = None,
+        peers: Peers | None = None,
     ) -> None:
         """``executor`` does asynchronous refreshes, by default worker threads; ``clock`` in s.
 
@@ -59,58 +67,87 @@ class Engine:
         self._trace = None if config.trace is None else Trace(config.trace)
         self._units = Units(self._counters, max_failures=config.max_failures)
         self._verdicts = Verdicts(self._counters, self._units)
-        self._background: BackgroundRefresher | None = None
-        jobs = 0
+        self._peers = peers or Peers(config)
+        exchange = Exchange(self._peers)
+        known = config, self._counters, self._units, self._verdicts
+        watch = clock, self._trace
         # Without staleness the step would wait for every result at once.
-        if config.refresh == "async" and config.staleness > 0:
-            executor = executor or WorkerPool(config.workers or free_cores(_training_threads()))
-            self._background = BackgroundRefresher(
-                config, self._counters, self._units, self._verdicts, executor, clock, self._trace
-            )
-            jobs = executor.size
+        beside = config.refresh == "async" and config.staleness > 0
+        workers = config.workers or free_cores(_training_threads())
+        executor = (executor or WorkerPool(workers)) if beside else None
+        jobs = 0 if executor is None else executor.size
         self._governor = Governor(config, self._units, jobs=jobs)
+        self._placer = Placer(
+            config, self._governor.pace, jobs=jobs, threads=jobs_and_threads(workers)[1]
+        )
+        self._background: BackgroundRefresher | None = None
+        if executor is not None:
+            self._background = BackgroundRefresher(
+                *known, self._governor, executor, *watch, exchange
+            )
         self._residence = residence or Residence(config, refreshes=jobs)
         # With the last reference, not when the garbage collector finds the time: it holds a disk.
-        weakref.finalize(self, self._residence.abandon).atexit = False
+        self._tenancy = self._residence.promises.tenancy()
+        weakref.finalize(self._tenancy, self._residence.abandon).atexit = False
         self._foresight = Foresight()
-        self._stepper = Stepper(
-            config,
-            self._counters,
-            self._units,
-            self._verdicts,
-            self._background,
-            self._governor,
-            clock,
-            self._trace,
-        )
+        inside = InsideRefresher(*known, exchange)
+        self._stepper = Stepper(*known[:3], inside, self._background, self._governor, *watch)
+
+    def _meet(self, members: Callable[[], Iterable[Member]]) -> None:
+        self._peers.join(members, Answers(self._extents, self._residence.lock))
+        self._residence.sharers = self._peers.neighbours
 
     def admit(
         self,
         records: list[ParameterRecord],
         saved: Mapping[ParameterRecord, Mapping[str, Tensor]] | None = None,
+        members: Callable[[], Iterable[Member]] = tuple,
     ) -> None:
-        """Make state for new records, from what was saved of them if anything was."""
-        saved = saved or {}
-        admit(records, saved, self._extents, self._residence)
+        """Make state for new records, from what was ``saved`` of them if anything was.
+
+        ``members()`` are all parameters of the optimizer, known to the ranks that train the same.
+        Raises ConfigError where they train something else, and CoherenceError where they do not
+        come to do this too.
+        """
+        saved = {record: values for record, values in (saved or {}).items() if values}
+        self._meet(members)
+        self._placer.admit()
+        self._residence.promises.keep()
+        with self._residence.lock:
+            elsewhere = self._peers.elsewhere
+            self._residence.promises.with_room(
+                lambda: admit(records, saved, self._extents, self._residence, elsewhere)
+            )
         self._foresight.watch(self._all())
         self._units.admit({tile.record for extent in self._all() for tile in extent.tiles})
         if self._background is not None:
             self._background.admit(records)
             for record, values in saved.items():
                 self._background.restore(record, values)
+        else:
+            for record in records:
+                show_flights(record, None, staleness_steps=0)
 
-    def check_room(self, records: list[ParameterRecord]) -> None:
-        """Raise StoreFullError unless there is room for the state of ``records``, if alone."""
-        check_room(records, self._residence)
+    def check_room(
+        self, records: list[ParameterRecord], members: Callable[[], Iterable[Member]] = tuple
+    ) -> None:
+        """Raise StoreFullError unless there is room for the state of ``records``, if alone.
+
+        ``members`` as in `admit`.
+        """
+        self._meet(members)
+        check_room(records, self._residence, self._peers.elsewhere)
 
     def discard(self, records: list[ParameterRecord]) -> None:
         """Drop the state of records."""
+        self._residence.promises.keep()
         if self._background is not None:
             self._background.forget(records)
         self._governor.forget(records)
         self._verdicts.forget(records)
         self._units.discard(records)
-        discard(records, self._extents, self._residence)
+        with self._residence.lock:
+            discard(records, self._extents, self._residence, self._peers.elsewhere)
         self._foresight.forget(records)
         self._stepper.forget(records)
         self._ended.difference_update(records)
@@ -124,7 +161,14 @@ class Engine:
 
     def begin_step(self, groups: list[dict[str, Any]]) -> None:
         """A step begins; decide what is left to us in ``groups``, which are changed in place."""
-        self._governor.begin_step(groups, self._clock())
+        self._governor.begin_step(groups, self._clock(), shared=self._peers.expected)
+        if not self._peers.expected:  # each rank would decide for itself
+            measured = self._governor.has_measured
+            self._placer.begin_step(groups, self._records, measured=measured)
+
+    def _records(self) -> dict[Tensor, ParameterRecord]:
+        tiles = (tile for extent in self._all() for tile in extent.tiles)
+        return {tile.record.parameter: tile.record for tile in tiles}
 
     def settle(self) -> None:
         """Wait for the device's word on every step, so that the counters are right.
@@ -142,6 +186,8 @@ class Engine:
             self._background,
             self._governor,
             self._residence,
+            self._peers,
+            self._all(),
         )
 
     def accepts(
@@ -155,7 +201,9 @@ class Engine:
         configuration asks for it.
         """
         self._counters.steps += 1
-        self._collect_verdicts(wait=False)
+        # With others all must learn of a refused step at the same one. Waiting for the latest one
+        # lets the host be a step ahead of the device, no more.
+        self._collect_verdicts(wait=self._peers.expected)
         on_host = all(gradient.is_cpu for gradient in gradients)
         if on_host and surely_finite(gradients):
             return True, None
@@ -182,13 +230,20 @@ class Engine:
 
         Raises RefreshError, or what a worker raised, before anything is changed. A StoreError comes
         in the middle: every parameter is then as before the step or as after it, and the
-        next call completes the step for the others.
+        next call completes the step for the others. So may a CoherenceError, where another rank
+        does not deliver what it has computed in this step: the next call begins with that.
         """
+        with self._residence.lock:
+            self._step(updates, gate)
+
+    def _step(self, updates: Mapping[ParameterRecord, Update], gate: Tensor | None) -> None:
         start = self._clock()
+        self._residence.promises.keep()
         self._units.report()
         self._relieve()
+        self._stepper.finish()
         if self._background is not None:
-            self._background.collect(updates, self._governor)
+            self._background.collect(updates)
         begin, counters = self._clock(), self._counters
         before_s = counters.install_s + counters.refresh_s
         undos = [self._units.begin_step()]
@@ -204,7 +259,8 @@ class Engine:
 
             self._guard.on_refusal(undo)
         with without_autocast(record.device for record in updates):
-            self._take(updates, gate, moved)
+            self._residence.promises.with_room(lambda: self._take(updates, gate, moved))
+            self._stepper.finish()
         end = self._clock()
         counters.update_s += end - begin - (counters.install_s + counters.refresh_s - before_s)
         if self._trace is not None:
@@ -230,11 +286,12 @@ class Engine:
             raise
         finally:
             start = self._config.start
-            moved += [r for r in ended if r.has_moments or moves_at_once(start, r.route.rule)]
+            counted = [r for r in ended if r.has_moments or moves_at_once(start, r.route.rule)]
             for record in ended:
                 record.begin()
-                record.refresh_steps = updates[record].hyper.precondition_frequency
-            _count_updates(moved, 1)
+                record.refresh_steps = shortest_period(self._config, updates[record].hyper, record)
+            _count_updates(counted, 1)
+            moved += counted
         self._foresight.end_step(work, stepper.cells)
 
     def _all(self) -> list[Extent]:
@@ -248,7 +305,7 @@ class Engine:
             moved = self._residence.relieve(extents)
         finally:
             if moved:
-                show(extents)
+                show(extents, self._residence.promises)
                 self._foresight.watch(extents)
 
 

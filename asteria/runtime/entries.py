@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 __all__ = ["Entries"]
+
+
+class _Away(NamedTuple):
+    """How to get a tensor: now, and in a form that is read later."""
+
+    read: Callable[[], Tensor]
+    promise: Callable[[], Tensor]
 
 
 class Entries(dict[str, Tensor]):
@@ -20,20 +27,35 @@ class Entries(dict[str, Tensor]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._away: dict[str, Callable[[], Tensor]] = {}
+        self._away: dict[str, _Away] = {}
 
-    def put_away(self, key: str, read: Callable[[], Tensor]) -> None:
-        """Ask ``read`` for the tensor of ``key`` from now on."""
+    def put_away(
+        self,
+        key: str,
+        read: Callable[[], Tensor],
+        promise: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """Ask ``read`` for the tensor of ``key`` from now on.
+
+        ``promise`` makes a tensor of the values of now that reads them when they are needed.
+        """
         dict.pop(self, key, None)
-        self._away[key] = read
+        self._away[key] = _Away(read, promise or read)
 
     def is_away(self, key: str) -> bool:
         """Whether the tensor of ``key`` is read when it is asked for."""
         return key in self._away
 
+    def promised(self) -> dict[str, Tensor]:
+        """A plain dict of all tensors as they are now; what is away may be read later."""
+        return {
+            key: self._away[key].promise() if key in self._away else dict.__getitem__(self, key)
+            for key in self
+        }
+
     def __getitem__(self, key: str) -> Tensor:
-        read = self._away.get(key)
-        return dict.__getitem__(self, key) if read is None else read()
+        away = self._away.get(key)
+        return dict.__getitem__(self, key) if away is None else away.read()
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         self._away.pop(key, None)

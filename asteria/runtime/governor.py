@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-import torch.distributed
-
 from asteria.config.hyperparameters import Hyperparameters, check_group
+from asteria.config.refresh_plan import KEY, MEASURING
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError
 from asteria.refresh.pacing import (
@@ -53,42 +52,51 @@ class Governor:
         self._warned = False
         self._waited_s = 0.0
 
-    def begin_step(self, groups: list[dict[str, Any]], now_s: float) -> None:
+    def begin_step(
+        self, groups: list[dict[str, Any]], now_s: float, *, shared: bool = False
+    ) -> None:
         """Look at what is known and decide what is due; groups are changed in place.
 
-        Raises ConfigError for what the clock would decide, where several processes train.
+        Raises ConfigError for what the clock would decide, where several processes share the work.
         """
         self.pace.begin_step(now_s)
         periods = [group["precondition_frequency"] for group in groups]
-        if _has_peers():
+        if shared:
             self._refuse_the_clock(periods)
             return
         parameters = sum(len(group["params"]) for group in groups)
         self._measured_steps = self._measured_steps + 1 if parameters == self._parameters else 0
         self._parameters = parameters
         self._price_young_rounds(groups)
-        if "auto" in periods and self._measured_steps >= _DECIDE_AFTER:
+        if "auto" in periods and self.has_measured:
             period = self.affordable_period()
             for group in groups:
-                if period and group["precondition_frequency"] == "auto":
+                free = group["precondition_frequency"] == "auto" and group.get(KEY) != MEASURING
+                if period and free:
                     group["precondition_frequency"] = period
         self._period = max([p for p in periods if p != "auto"], default=1)
 
     def _refuse_the_clock(self, periods: list[object]) -> None:
-        for asked, instead in (
-            ("auto" in periods and 'precondition_frequency="auto"', "give a number of steps"),
-            (self._config.install == "ready" and 'install="ready"', 'use install="scheduled"'),
-        ):
-            if asked:
-                raise ConfigError(
-                    f"{asked} was asked for, found {torch.distributed.get_world_size()} processes: "
-                    f"each would decide for itself, and their weights would drift apart; {instead}"
-                )
+        if "auto" in periods:
+            raise ConfigError(
+                'precondition_frequency="auto" was asked for, found other processes that train the '
+                "same parameters: each would decide for itself by its own clock, and their "
+                "weights would drift apart; give a number of steps"
+            )
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether enough steps were seen, since the latest parameter came, to decide by them."""
+        return self._measured_steps >= _DECIDE_AFTER
 
     def affordable_period(self) -> int:
-        """Smallest period that the host can sustain, 0 if not enough is known."""
+        """Smallest period that host or device can sustain, 0 if not enough is known."""
         pace = self.pace
-        if self._jobs:
+        if self._jobs and self._config.refresh_on == "device":
+            seconds, jobs, share = pace.round_aside_s(len(self._units)), 1, STEP_SHARE
+            if not seconds:
+                return 0
+        elif self._jobs:
             if pace.seen_units < min(len(self._units), 1 + len(self._units) // 2):
                 return 0
             seconds, jobs, share = pace.round_s(len(self._units)), self._jobs, HOST_SHARE
@@ -147,9 +155,3 @@ class Governor:
                 f"not finish in {self._config.staleness} steps. {advice}; more workers or "
                 "refresh='sync' are other ways out. This is said once; see optimizer.stats()"
             )
-
-
-def _has_peers() -> bool:
-    """Whether other processes train the same model."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1

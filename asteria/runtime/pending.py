@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from asteria.algorithms.algorithm import BlockState
+from asteria.linalg.method import Method
 from asteria.runtime.reports import Report
 from asteria.runtime.side import Passed, Side
 
@@ -27,6 +28,7 @@ class Pending:
     """(b, modes with a basis) the same in host memory, valid once ``passed``."""
     share: float
     """Of the work until ``passed``."""
+    method: Method
 
     def join(self, bases: Sequence[Tensor | None]) -> None:
         """Let the device's next work, which uses ``bases``, come after this one."""

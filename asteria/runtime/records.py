@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from asteria.errors import ParameterChangedError
 from asteria.runtime.entries import Entries
 from asteria.store.layout import FieldSpec, Life
 
-__all__ = ["ParameterRecord", "Route", "Tile", "TilePlan", "is_rebuilt", "state_dtype"]
+__all__ = ["Fetch", "ParameterRecord", "Route", "Tile", "TilePlan", "is_rebuilt", "state_dtype"]
 
 
 def is_rebuilt(key: str) -> bool:
@@ -105,6 +106,10 @@ class Route:
         )
 
 
+Fetch: TypeAlias = Callable[[str], Tensor]
+"""Asks whoever keeps a tile's factors for one of them, (blocks, n, n), by the field's name."""
+
+
 @dataclass(slots=True, eq=False)
 class Tile:
     """A tile plan with its place: blocks ``start`` to ``stop`` of its extent."""
@@ -113,6 +118,13 @@ class Tile:
     plan: TilePlan
     start: int
     stop: int
+    elsewhere: Fetch | None = None
+    """Where its factors are, if another rank keeps them."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether its factors are kept here."""
+        return self.elsewhere is None
 
 
 class _Referable:

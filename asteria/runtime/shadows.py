@@ -3,16 +3,17 @@
 torch.distributed.checkpoint reads into the loader's own state, so that a key which only the file
 has is lost. Therefore a parameter with eigenbases always has ``shadow_version`` and
 ``shadow_lands`` (positions, tiles), and ``shadow_basis_{mode}`` (positions, blocks, n, n) for each
-of its bases; the positions of a tile count from its oldest refresh. Zeros stand where nothing is
-in flight, for no refresh is of step 0.
+of its bases, also in a synchronous run; the positions of a tile count from its oldest refresh.
+Zeros stand where nothing is in flight, for no refresh is of step 0; where nothing at all is, they
+take no room in files.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ from torch import Tensor
 from asteria.refresh.job import Job
 from asteria.refresh.pipeline import Flight, Pipeline
 from asteria.runtime.host_refresh import Refreshed
-from asteria.runtime.records import ParameterRecord, Route, state_dtype
+from asteria.runtime.records import ParameterRecord, Route, TilePlan, state_dtype
 from asteria.runtime.transfer import Link, in_memory
 from asteria.runtime.units import Unit
+from asteria.store.distant import Distant, Opened, Source, Values
+from asteria.store.sources import ZeroSource
 
-__all__ = ["shadow_shapes", "show_flights", "take_up"]
+__all__ = ["Shadow", "shadow_shapes", "show_flights", "take_up"]
 
 Refreshes: TypeAlias = Pipeline[Unit, Refreshed]
 
@@ -45,63 +48,131 @@ def shadow_shapes(route: Route, places: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def show_flights(record: ParameterRecord, pipeline: Refreshes, *, staleness_steps: int) -> None:
+class Shadow(Distant):
+    """What is in flight for a parameter, made when somebody looks at it.
+
+    torch.distributed.checkpoint writes it as one object of any shape, because the shape depends on
+    the staleness and the period of the run that saves, and zeros would take the room of bases.
+    Pickled in host memory.
+    """
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[object]:
+        # To import it takes a second, and who asks has done it.
+        checkpoint: Any = torch.distributed.checkpoint  # type: ignore[attr-defined]
+        planner, metadata = checkpoint.planner, checkpoint.metadata
+        whole = planner.WriteItemType.BYTE_IO
+        return [planner.WriteItem(index=metadata.MetadataIndex(fqn), type=whole)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.read().cpu().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def show_flights(
+    record: ParameterRecord, pipeline: Refreshes | None, *, staleness_steps: int
+) -> None:
     """Let the entries of ``record`` tell what is in flight for it; to read them waits for workers.
 
-    For the training thread. The tensors are made anew each time, bases where those in use are.
-    Refreshes that raised are left out: the step at which they land tells of them.
+    Without a pipeline nothing ever is. For the training thread. The tensors are made anew each
+    time, bases where those in use are. Refreshes that raised are left out: the step at which they
+    land tells of them.
     """
     record.in_flight = tuple(shadow_shapes(record.route, 1))
     for key in record.in_flight:
-        record.entries.put_away(key, _reader(record, pipeline, key, staleness_steps))
+        entry = _Entry(record, pipeline, key, staleness_steps)
+        record.entries.put_away(key, entry.read, entry.promise)
 
 
-def _reader(
-    record: ParameterRecord, pipeline: Refreshes, key: str, staleness_steps: int
-) -> Callable[[], Tensor]:
-    """Reads one key; keeps neither workers nor state alive."""
-    whose, where = weakref.ref(record), weakref.ref(pipeline)
+class _Entry:
+    """One key of one record; keeps neither workers nor state alive."""
 
-    def read() -> Tensor:
-        record, pipeline = whose(), where()
-        if record is None or pipeline is None:
-            raise RuntimeError(f"{key} was asked for, and its optimizer is gone")
-        flights = [
-            [flight for flight in pipeline.finished(Unit(record, ordinal)) if flight.job.succeeded]
-            for ordinal in range(len(record.route.tiles))
-        ]
+    def __init__(
+        self, record: ParameterRecord, pipeline: Refreshes | None, key: str, staleness_steps: int
+    ) -> None:
+        self._record = weakref.ref(record)
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._key = key
+        self._staleness_steps = staleness_steps
+
+    def read(self) -> Tensor:
+        """A tensor of what is in flight now."""
+        return self.promise().hold()
+
+    def promise(self) -> Shadow:
+        """A tensor that is made of what is in flight now when it is needed."""
+        record = self._record()
+        if record is None:
+            raise RuntimeError(f"{self._key} was asked for, and its optimizer is gone")
+        flights = self._flights(record)
         # The most of one tile that the schedule has in flight at a time. If the period has grown,
         # there may be more for a while.
-        most = math.ceil((staleness_steps + 1) / record.refresh_steps)
-        return _pack(record, key, flights, max([most, *map(len, flights)]))
+        most = math.ceil((self._staleness_steps + 1) / record.refresh_steps)
+        places = max([most, *map(len, flights)])
+        shape = shadow_shapes(record.route, places)[self._key]
+        source: Source = ZeroSource(shape, _dtype(self._key, record))
+        if any(flights):
+            source = _Packed(record.route, self._key, flights, shape, _dtype(self._key, record))
+        name = self._key.removeprefix(_PREFIX)
+        device = torch.device("cpu") if record.entries.is_away(name) else record.device
+        return Shadow(Values(source, shape, _dtype(self._key, record), device))
 
-    return read
+    def _flights(self, record: ParameterRecord) -> list[list[Flight[Refreshed]]]:
+        """Of each tile those that have not raised, oldest first, all done."""
+        tiles = range(len(record.route.tiles))
+        pipeline = None if self._pipeline is None else self._pipeline()
+        if pipeline is None:
+            return [[] for _ in tiles]
+        finished = (pipeline.finished(Unit(record, ordinal)) for ordinal in tiles)
+        return [[flight for flight in mine if flight.job.succeeded] for mine in finished]
 
 
-def _pack(
-    record: ParameterRecord, key: str, flights: Sequence[Sequence[Flight[Refreshed]]], places: int
-) -> Tensor:
-    """The tensor of one key, given the flights of each tile, oldest first, which are done."""
-    route, name = record.route, key.removeprefix(_PREFIX)
-    shape = shadow_shapes(route, places)[key]
-    if name in _STEPS:
-        table = torch.zeros(shape, dtype=torch.float32, device="cpu")
-        for tile, mine in enumerate(flights):
+def _dtype(key: str, record: ParameterRecord) -> torch.dtype:
+    steps = key.removeprefix(_PREFIX) in _STEPS
+    return torch.float32 if steps else state_dtype(record.parameter)
+
+
+class _Packed:
+    """The tensor of one key, from the flights of each tile, oldest first, which are done."""
+
+    lasts = True
+
+    def __init__(
+        self,
+        route: Route,
+        key: str,
+        flights: Sequence[Sequence[Flight[Refreshed]]],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> None:
+        self._route = route
+        self._name = key.removeprefix(_PREFIX)
+        self._flights = flights
+        self._shape = shape
+        self._dtype = dtype
+
+    def read(self) -> Tensor:
+        """See `Source`."""
+        packed = torch.zeros(self._shape, dtype=self._dtype, device="cpu")
+        for tile, mine in enumerate(self._flights):
             for place, flight in enumerate(mine):
-                table[place, tile] = flight.version if name == "version" else flight.lands
-        return table.to(record.device)
-    device = torch.device("cpu") if record.entries.is_away(name) else record.device
-    packed = torch.zeros(shape, dtype=state_dtype(record.parameter), device=device)
-    for tile, mine in enumerate(flights):
-        plan = route.tiles[tile]
-        suffix, first, _ = route.place_of(plan)
-        for place, flight in enumerate(mine):
-            outcome = flight.job.outcome()
-            outcome.join()
-            for mode, basis in enumerate(outcome.bases):
-                if basis is not None and name == f"basis_{mode}{suffix}":
-                    packed[place, first : first + plan.blocks].copy_(in_memory(basis))
-    return packed
+                if self._name in _STEPS:
+                    step = flight.version if self._name == "version" else flight.lands
+                    packed[place, tile] = step
+                else:
+                    self._put(packed[place], self._route.tiles[tile], flight)
+        return packed
+
+    def _put(self, packed: Tensor, plan: TilePlan, flight: Flight[Refreshed]) -> None:
+        """The bases of one flight in their places, (blocks, n, n)."""
+        suffix, first, _ = self._route.place_of(plan)
+        outcome = flight.job.outcome()
+        outcome.join()
+        for mode, basis in enumerate(outcome.bases):
+            if basis is not None and self._name == f"basis_{mode}{suffix}":
+                packed[first : first + plan.blocks].copy_(in_memory(basis))
+
+    def replaced(self, value: Tensor) -> Source | None:
+        """See `Source`."""
+        return None
 
 
 def take_up(
@@ -117,7 +188,7 @@ def take_up(
     Whoever saved may have allowed more staleness; nothing lands later than allowed here.
     """
     dtype = state_dtype(record.parameter)
-    for ordinal, (version, lands), bases in _unpack(record.route, saved, dtype):
+    for ordinal, (version, lands), bases in _unpack(record.route, Opened(saved), dtype):
         outcome = Refreshed([None if b is None else link.outgoing(b) for b in bases], [], 0.0)
         unit = Unit(record, ordinal)
         job = Job.finished(outcome, name=f"saved refresh of {unit} at step {version}")
@@ -125,7 +196,7 @@ def take_up(
 
 
 def _unpack(
-    route: Route, saved: Mapping[str, Tensor], dtype: torch.dtype
+    route: Route, saved: Opened, dtype: torch.dtype
 ) -> Iterator[tuple[int, tuple[int, int], list[Tensor | None]]]:
     """(tile, (version, lands), basis of every mode) of each refresh, oldest first for each tile.
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from asteria.runtime.extents import Extent
-from asteria.runtime.records import ParameterRecord
+from asteria.runtime.promises import Promises
+from asteria.runtime.records import ParameterRecord, Tile
+from asteria.runtime.scattered import Scattered
 from asteria.store.cell import Home
+from asteria.store.distant import Source
 from asteria.store.layout import Life
+from asteria.store.sources import JoinedSource, ZeroSource
 
 __all__ = ["show"]
 
@@ -20,30 +24,45 @@ class _Part(NamedTuple):
     """Neighbouring blocks of one parameter in one extent."""
 
     extent: Extent
-    start: int
-    stop: int
+    tiles: list[Tile]
+
+    @property
+    def start(self) -> int:
+        return self.tiles[0].start
+
+    @property
+    def stop(self) -> int:
+        return self.tiles[-1].stop
 
 
-def show(extents: Iterable[Extent]) -> None:
+def show(extents: Iterable[Extent], promises: Promises | None = None) -> None:
     """Let the entries of all records show their blocks; ``extents`` are all that there are.
 
-    What is at home on the device in one piece is a view; the rest is read when asked for.
+    What is at home on the device in one piece is a view; the rest is read when asked for, and
+    shown in state dicts by ``promises``.
     """
+    promises = promises or Promises()
     parts: dict[ParameterRecord, dict[str, list[_Part]]] = {}
     for extent in extents:
         for tile in extent.tiles:
             suffix, _, _ = tile.record.route.place_of(tile.plan)
             mine = parts.setdefault(tile.record, {}).setdefault(suffix, [])
             if mine and mine[-1].extent is extent and mine[-1].stop == tile.start:
-                mine[-1] = mine[-1]._replace(stop=tile.stop)
+                mine[-1].tiles.append(tile)
             else:
-                mine.append(_Part(extent, tile.start, tile.stop))
+                mine.append(_Part(extent, [tile]))
     for record, by_suffix in parts.items():
         shapes = record.route.entry_shapes(record.shape)
         for suffix, mine in by_suffix.items():
-            for life, cell in mine[0].extent.cells.items():
-                for spec in cell.layout.fields:
-                    _show(record, spec.name, suffix, mine, life, shapes[spec.name + suffix])
+            tiles = [(part.extent, tile) for part in mine for tile in part.tiles]
+            scattered = not all(tile.kept for _, tile in tiles)
+            for spec in mine[0].extent.rule.fields(mine[0].extent.shape):
+                key, shape = spec.name + suffix, shapes[spec.name + suffix]
+                if scattered and spec.life is Life.SUM:
+                    factor = Scattered(spec.name, tiles, shape)
+                    record.entries.put_away(key, factor.read, factor.promise)
+                else:
+                    _show(record, (spec.name, suffix), mine, spec.life, shape, promises)
         record.shown = tuple(
             (key, None if record.entries.is_away(key) else record.entries[key]) for key in shapes
         )
@@ -51,33 +70,87 @@ def show(extents: Iterable[Extent]) -> None:
 
 def _show(
     record: ParameterRecord,
-    name: str,
-    suffix: str,
+    key: tuple[str, str],
     parts: list[_Part],
     life: Life,
     shape: tuple[int, ...],
+    promises: Promises,
 ) -> None:
+    name, suffix = key
     cell = parts[0].extent.cells[life]
     if len(parts) > 1 or cell.home is not Home.DEVICE:
-        record.entries.put_away(name + suffix, _reader(name, parts, life, shape))
+        elsewhere = _Elsewhere(name, parts, life, shape, promises)
+        record.entries.put_away(name + suffix, elsewhere.read, elsewhere.promise)
         return
     if cell.near is None:
         parts[0].extent.acquire([life])
         parts[0].extent.release([life], dirty=[])
     cell.shown = True
-    record.entries[name + suffix] = cell.window(parts[0].start, parts[0].stop)[name].view(shape)
+    place = parts[0].extent.place(parts[0].start, parts[0].stop, life)
+    record.entries[name + suffix] = cell.window(*place)[name].view(shape)
 
 
-def _reader(
-    name: str, parts: list[_Part], life: Life, shape: tuple[int, ...]
-) -> Callable[[], Tensor]:
-    def read() -> Tensor:
+class _Elsewhere:
+    """One tensor whose blocks are not a view: where they are, and how to get them."""
+
+    def __init__(
+        self,
+        name: str,
+        parts: list[_Part],
+        life: Life,
+        shape: tuple[int, ...],
+        promises: Promises,
+    ) -> None:
+        self._name = name
+        self._parts = parts
+        self._life = life
+        self._shape = shape
+        self._promises = promises
+        self._lock = parts[0].extent.door.lock
+
+    def read(self) -> Tensor:
+        """The values of now, in memory of their own."""
         values = []
-        for extent, start, stop in parts:
-            if life is Life.SUM:
-                extent.settle()
-            values.append(extent.door.read(extent.cells[life])[name][start:stop])
+        with self._lock:
+            for part in self._settled():
+                fields = part.extent.door.read(part.extent.cells[self._life])
+                start, stop = part.extent.place(part.start, part.stop, self._life)
+                values.append(fields[self._name][start:stop].to(self._device))
         # In memory of its own: who saves a view saves all that it is a view of.
-        return (values[0].clone() if len(values) == 1 else torch.cat(values)).reshape(shape)
+        whole = values[0].clone() if len(values) == 1 else torch.cat(values)
+        return whole.reshape(self._shape)
 
-    return read
+    def promise(self) -> Tensor:
+        """A tensor that reads the values of now when they are needed."""
+        with self._lock:
+            return self._promised()
+
+    def _promised(self) -> Tensor:
+        promises = self._promises
+        dtype = self._parts[0].extent.cells[self._life].layout.dtype_of(self._name)
+        sources: list[Source] = []
+        for part in self._settled():
+            cell = part.extent.cells[self._life]
+            lease = part.extent.door.stored(cell)
+            if lease is not None:
+                place = part.extent.place(part.start, part.stop, self._life)
+                sources.append(promises.field(lease, cell.layout, self._name, *place))
+            elif cell.is_blank:
+                shape = cell.layout.shape_of(self._name)
+                sources.append(ZeroSource((part.stop - part.start, *shape), dtype))
+            else:
+                return promises.borrowed(self.read, self._shape, dtype, self._device)
+        return promises.stored(JoinedSource(sources, self._shape), self._shape, dtype)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where whoever asks gets them."""
+        cells = [part.extent.cells[self._life] for part in self._parts]
+        near = all(cell.home is Home.DEVICE for cell in cells)
+        return self._parts[0].extent.device if near else torch.device("cpu")
+
+    def _settled(self) -> list[_Part]:
+        if self._life is Life.SUM:
+            for part in self._parts:
+                part.extent.settle()
+        return self._parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -34,8 +35,11 @@ class Door:
         courier: Courier,
         traffic: Traffic,
         clock: Callable[[], float] = time.perf_counter,
+        lock: threading.RLock | None = None,
     ) -> None:
-        """``clock`` in seconds."""
+        """``clock`` in seconds; ``lock`` as below, by default one of its own."""
+        self.lock = lock or threading.RLock()
+        """Whoever holds it may do what is for the training thread."""
         self._near = near
         self._courier = courier
         self._traffic = traffic
@@ -130,6 +134,14 @@ class Door:
     def lease(self, cell: Cell) -> Lease | None:
         """What holds the cell's present values on NVMe, now or when it is written."""
         return cell.writing if cell.dirty else cell.lease
+
+    def stored(self, cell: Cell) -> Lease | None:
+        """What holds the cell's present values on NVMe for good, if they are there.
+
+        Waits for the cell's own write.
+        """
+        self._homeward.wait_for(cell)
+        return None if cell.dirty else cell.lease
 
     def move(self, cell: Cell, home: Home) -> None:
         """Give a cell that nobody uses another home; it may be on its way for a while.

@@ -72,6 +72,14 @@ class Layout:
         self.nbytes = end
         """Of the whole piece, gaps between fields included."""
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of one field."""
+        return next(field.stored(self.dtype) for field in self.fields if field.name == name)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of one block of a field."""
+        return next(field.shape for field in self.fields if field.name == name)
+
     def views(self, memory: Tensor) -> dict[str, Tensor]:
         """The fields that lie in ``memory``, (nbytes,) uint8, by name."""
         return {

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Counters", "Stats", "Traffic"]
+__all__ = ["Counters", "LinkTraffic", "Network", "Stats", "Traffic", "Waited"]
 
 
 @dataclass(slots=True)
@@ -31,6 +31,45 @@ class Traffic:
     """Moved one tier down because free memory was short."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkTraffic:
+    """What one rank has sent and received over one class of links."""
+
+    sent_bytes: int = 0
+    sent_messages: int = 0
+    received_bytes: int = 0
+    received_messages: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waited:
+    """Waits of one rank's step() for another rank."""
+
+    rank: int
+    """Of the other one, in the process group."""
+    link: str
+    cause: str
+    """``"basis"``, ``"delivery"``, ``"agreement"`` or ``"state"``."""
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """What one rank has to do with the others."""
+
+    rank: int = 0
+    """In the process group; 0 also for a process that is alone."""
+    ranks: int = 1
+    """That share the factors and refreshes."""
+    owned_units: int = 0
+    """Units (tiles of parameters) whose factors this rank keeps and refreshes."""
+    links: Mapping[str, LinkTraffic] = field(default_factory=dict)
+    """``"intra"`` (within a node) and ``"inter"`` (between nodes) -> what has crossed them."""
+    waits: tuple[Waited, ...] = ()
+    """The longest first."""
+
+
 @dataclass(slots=True)
 class Counters:
     """What is counted while an optimizer works. For the training thread."""
@@ -42,6 +81,7 @@ class Counters:
     retried_refreshes: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     staleness: dict[str, Counter[int]] = field(default_factory=dict)
+    refresh_cost: float = 0.0
     young_steps: set[int] = field(default_factory=set)
     """Calls of step() that refreshed at once because factors were young."""
     update_s: float = 0.0
@@ -60,7 +100,12 @@ class Stats:
     skipped_steps: int
     """Steps that changed nothing because a gradient was not finite."""
     refreshes: int
-    """Eigenbases computed, the first ones included."""
+    """Eigenbases computed by this process, the first ones included."""
+    refresh_cost: float
+    """Of these: sizes cubed, summed up. A QR refresh takes about 4.7 times as many flop, an exact
+    one 9 times."""
+    factor_bytes: int
+    """Of the Kronecker factors that this process keeps."""
     installs: int
     """Eigenbases that came into use."""
     failed_refreshes: int
@@ -105,6 +150,8 @@ class Stats:
     """The most that it took so far, what flows through a step included."""
     traffic: Traffic
     """What steps have moved between the tiers."""
+    network: Network
+    """What other ranks and this one had to do with each other."""
 
     @property
     def visible_s(self) -> float:

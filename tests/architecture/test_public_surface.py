@@ -25,6 +25,7 @@ PUBLIC = [
     "SOAP",
     "AsteriaError",
     "CheckpointError",
+    "CoherenceError",
     "ConfigError",
     "GradientError",
     "KLShampoo",
@@ -52,6 +53,7 @@ ERRORS: dict[str, tuple[type, ...]] = {
     "StoreFullError": (errors.StoreError,),
     "StoreCorruptError": (errors.StoreError,),
     "CheckpointError": (errors.AsteriaError, ValueError),
+    "CoherenceError": (errors.AsteriaError, RuntimeError),
 }
 
 

@@ -53,6 +53,7 @@ VALID: dict[str, list[Any]] = {
     "max_inverse_root": [None, 4000, 0.5],
     "batch_dims": [None, 0, 1, 3],
     "young_stride": [1, 3],
+    "refresh_plan": ["", "measuring", "4x4 host qr; 3x5x7 device ldlr every 3"],
 }
 
 _NUMBERS = [-1, -0.1, math.inf, math.nan, "1", None, True]
@@ -89,6 +90,7 @@ INVALID: dict[str, list[Any]] = {
     "max_inverse_root": [0, -4, math.nan, "x", True],
     "batch_dims": [-1, 1.0, "1", True],
     "young_stride": [0, 1.0, "1", True, None],
+    "refresh_plan": [None, "x", "4x4 host", "4x4 host qr;4x4 host qr", "4x4 device eigh"],
 }
 
 FOREIGN = [
@@ -234,6 +236,7 @@ def test_the_record_of_a_group() -> None:
         "damp_factors": False,
         "max_inverse_root": None,
         "young_stride": 1,
+        "refresh_plan": "",
     }
 
 

@@ -44,11 +44,6 @@ CHOICES: dict[str, tuple[list[Any], list[Any]]] = {
     "shards": (["exact"], ["local"]),
 }
 
-LATER: dict[str, Any] = {
-    "process_group": object(),
-    "node_size": 8,
-}
-
 
 def error(**options: Any) -> str:
     with pytest.raises(asteria.ConfigError) as raised:
@@ -107,11 +102,10 @@ def test_a_choice_for_later_says_so_and_what_to_use(name: str, value: Any) -> No
     assert advice == ", ".join(map(repr, CHOICES[name][0]))
 
 
-@pytest.mark.parametrize("name", LATER)
-def test_a_field_for_later_says_so(name: str) -> None:
-    message = error(**{name: LATER[name]})
-    assert f"RuntimeConfig.{name}={LATER[name]!r} is not available in this version" in message
-    assert "leave it at None" in message
+def test_a_process_group_is_one_or_alone() -> None:
+    assert RuntimeConfig(process_group="alone").process_group == "alone"
+    message = error(process_group=object())
+    assert "RuntimeConfig.process_group must be a torch.distributed.ProcessGroup" in message
 
 
 @pytest.mark.parametrize("value", [0, 1, 2, 100])

@@ -55,14 +55,19 @@ def test_results_are_those_of_workers_bit_by_bit(
 
 
 @over_optimizers
-def test_methods_are_those_of_the_host(name: str) -> None:
+def test_methods_and_dtypes_are_those_of_the_host(name: str) -> None:
     device = on_device(name, DeferredSide(), ALIKE, refresh_method="ldlr")
     host = on_host(name, ALIKE, refresh_method="ldlr")
     other = on_host(name, ALIKE, refresh_method="qr")
-    for each in (device, host, other):
+    narrow = [
+        make(name, *more, ALIKE, state_dtype=torch.bfloat16)
+        for make, more in ((on_host, ()), (on_device, (DeferredSide(),)))
+    ]
+    for each in (device, host, other, *narrow):
         train(each, range(24))
     assert_same_bits(everything(device), everything(host))
     assert not same_bits(everything(host)["0"], everything(other)["0"])
+    assert_same_bits(*map(everything, narrow))
 
 
 @over_optimizers

@@ -42,6 +42,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "max_precond_dim": NO_COUNTS,
     "batch_dims": [-1, 1.0, "1", True],
     "young_stride": [0, 1.0, "1", True, None],
+    "refresh_plan": [None, 3, "host", "4x4 host", "4x4 moon qr", "4x4 host qr every 0", "4x4; "],
     "merge_dims": NO_FLAGS,
     "precondition_1d": NO_FLAGS,
     "normalize_grads": NO_FLAGS,
@@ -72,7 +73,7 @@ def test_hyperparameters_out_of_range(name: str) -> None:
     for option in options_of(name):
         for value in OUT_OF_RANGE[option]:
             where = rf"{option} must be .*found"
-            if option not in ("batch_dims", "young_stride"):
+            if option not in ("batch_dims", "young_stride", "refresh_plan"):
                 with pytest.raises(ConfigError, match=where):
                     OPTIMIZERS[name](parameters(), **{option: value})
             with pytest.raises(ConfigError, match=rf"group 0: {where}"):
@@ -208,12 +209,11 @@ UNKNOWN_RUNTIME: dict[str, list[Any]] = {
     "nonfinite": ["ignore", None],
     "trace": [3],
     "shards": ["some", None],
-    "process_group": ["world"],
-    "node_size": [0],
+    "process_group": ["world", 3],
+    "node_size": [0, "two"],
 }
 NOT_BUILT_YET: dict[str, Any] = {
     "shards": "local",
-    "node_size": 8,
 }
 
 

@@ -145,12 +145,35 @@ def test_the_live_state_has_the_keys_and_looking_at_them_waits_for_nobody(name: 
     assert live == [list(entries) for entries in optimizer.state_dict()["state"].values()]
 
 
+@pytest.mark.parametrize(
+    "runtime", [RuntimeConfig(staleness=0), RuntimeConfig.reference()], ids=str
+)
 @over_optimizers
-def test_without_staleness_nothing_is_ever_in_flight(name: str) -> None:
-    optimizer = run_of(name, staleness=0)
-    train(optimizer, range(3))
-    for entries in optimizer.state_dict()["state"].values():
-        assert not any(key.startswith("shadow") for key in entries)
+def test_a_synchronous_run_has_the_keys_and_nothing_in_flight(
+    name: str, runtime: RuntimeConfig
+) -> None:
+    optimizer, other = build(name, runtime, SHAPES, **TILES), run_of(name)
+    for each in (optimizer, other):
+        train(each, [0])
+    train(optimizer, range(1, GROWN))
+    saved = optimizer.state_dict()["state"]
+    assert keys_and_shapes(saved) == keys_and_shapes(other.state_dict()["state"])
+    for entries in saved.values():
+        for key, tensor in entries.items():
+            assert not (key.startswith("shadow") and tensor.any())
+
+
+@over_optimizers
+def test_a_file_has_no_room_for_what_is_not_in_flight(name: str) -> None:
+    optimizer = build(name, None, [(64, 64)])
+    train(optimizer, [0])
+    saved = optimizer.state_dict()
+    tensors = saved["state"][0].items()
+    zeros = sum(t.nbytes for key, t in tensors if key.startswith("shadow"))
+    assert zeros > 2 * 64 * 64 * 4
+    file = io.BytesIO()
+    torch.save(saved, file)
+    assert file.tell() < sum(t.nbytes for _, t in tensors) - zeros + 10_000
 
 
 @over_optimizers

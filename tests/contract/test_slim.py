@@ -49,7 +49,9 @@ def test_what_is_left_out(arm: Arm) -> None:
         assert_same_bits(entries, before["state"][index])
         for key in kept - {"exp_avg"}:
             assert same_bits(slim["state"][index][key], entries[key])
-    assert slim["param_groups"] == whole["param_groups"]
+    for mine, theirs in zip(slim["param_groups"], whole["param_groups"], strict=True):
+        assert mine == {**theirs, "asteria": theirs["asteria"] + "/slim"}
+    assert asteria.slim(slim)["param_groups"] == slim["param_groups"]
     assert asteria.slim(slim)["state"].keys() == slim["state"].keys()
 
 
@@ -185,14 +187,73 @@ def test_through_state_dicts_by_name() -> None:
         assert_same_bits(mine, theirs)
 
 
+OTHERS_FLAT = {"state.a.step": torch.tensor(1.0), "param_groups.a.lr": 0.1}
+
+
 @pytest.mark.parametrize(
     "given",
-    [{}, [], None, {"state.0.weight.step": 1.0}, torch.optim.AdamW(parameters()).state_dict()],
-    ids=["empty", "list", "none", "flat", "adamw"],
+    [
+        {},
+        [],
+        None,
+        {"state.0.weight.step": 1.0},
+        OTHERS_FLAT,
+        torch.optim.AdamW(parameters()).state_dict(),
+    ],
+    ids=["empty", "list", "none", "flat", "flat of another", "adamw"],
 )
 def test_what_is_no_state_dict_of_ours_is_refused(given: Any) -> None:
     with pytest.raises(CheckpointError, match="state dict"):
         asteria.slim(given)
+
+
+def flattened(state_dict: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """As torch.distributed.checkpoint does it."""
+    flat = {
+        f"state.{names[index]}.{key}": value
+        for index, entries in state_dict["state"].items()
+        for key, value in entries.items()
+    }
+    (group,) = state_dict["param_groups"]
+    options = {key: value for key, value in group.items() if key != "params"}
+    return flat | {f"param_groups.{n}.{key}": v for n in names for key, v in options.items()}
+
+
+NAMES = ["layer.weight", "layer", "layer.weight.basis_0", "step", "a.0", "a.0.1"]
+"""Names that are the beginning of others, or look like keys of a state."""
+
+
+@pytest.mark.parametrize("options", [{}, GROUPS["tiles"]], ids=["plain", "tiles"])
+@over_optimizers
+def test_flattened_state_dicts_are_made_slim_like_others(
+    name: str, options: dict[str, Any]
+) -> None:
+    optimizer = OPTIMIZERS[name](parameters([(7, 4), (5,), (4, 4), (), (6, 5), (4, 4)]), **options)
+    train(optimizer, range(STEPS))
+    whole = optimizer.state_dict()
+    assert any("." in key for key in whole["state"][0]) == bool(options)
+    flat = flattened(whole, NAMES)
+    found, wanted = asteria.slim(flat), flattened(asteria.slim(whole), NAMES)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert same_bits(found[key], value) if torch.is_tensor(value) else found[key] == value
+    assert flat.keys() == flattened(whole, NAMES).keys()
+
+
+def test_what_a_loader_adds_to_it_is_not_taken() -> None:
+    """torch's functions put what the loader has where the file has nothing."""
+    optimizer, other = (asteria.SOAP(parameters()) for _ in range(2))
+    train(optimizer, range(STEPS))
+    train(other, range(3))
+    slim = asteria.slim(optimizer.state_dict())
+    own = other.state_dict()["state"]
+    mixed = {**slim, "state": {key: own[key] | slim["state"][key] for key in own}}
+    twins = [asteria.SOAP(clones(optimizer.param_groups[0]["params"])) for _ in range(2)]
+    for twin, saved in zip(twins, (slim, mixed), strict=True):
+        twin.load_state_dict(saved)
+        assert twin.param_groups[0]["asteria"] == "soap/1"
+        train(twin, range(STEPS, STEPS + 3))
+    assert_same_bits(everything(twins[1]), everything(twins[0]))
 
 
 def test_sync_and_async_take_it_alike() -> None:

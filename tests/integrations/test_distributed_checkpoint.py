@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+import asteria
 from asteria import RuntimeConfig
 from tests.integrations.settings import build, network
 from tests.support.arms import over_optimizers
@@ -177,33 +178,57 @@ def test_more_than_one_refresh_of_a_matrix_in_flight(name: str, tmp_path: Path) 
     assert_same_bits(resumed.bits(), whole.bits())
 
 
-@pytest.mark.parametrize(("saving", "loading"), [(2, 0), (0, 2)], ids=["to sync", "from sync"])
-@over_optimizers
-def test_a_synchronous_run_has_nothing_in_flight(
-    name: str, saving: int, loading: int, tmp_path: Path
+OTHERS = {
+    "to sync": ({"staleness": 2}, {"staleness": 0}),
+    "from sync": ({"staleness": 0}, {"staleness": 2}),
+    "fewer in flight": ({"staleness": 2 * PERIOD}, {"staleness": 2}),
+    "more in flight": ({"staleness": 2}, {"staleness": 2 * PERIOD}),
+    "another period": ({"staleness": PERIOD}, {"staleness": PERIOD, "period": 10}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "flat"),
+    [("SOAP", other, False) for other in OTHERS]
+    + [("SOAP", "more in flight", True), ("SOAP", "from sync", True)]
+    + [(name, "fewer in flight", False) for name in ("KLShampoo", "KLSOAP")],
+)
+def test_runs_of_another_staleness_or_period_take_the_state(
+    name: str, other: str, flat: bool, tmp_path: Path
 ) -> None:
-    """What one has and the other has not is left out; the loader must be told of it."""
-    whole, resumed = Run(name, staleness=saving), Run(name, staleness=loading)
-    whole.train(0, SAVED)
+    """What is in flight has other shapes there, or is not known at all."""
+    whole, resumed = (
+        Run(name, **options, flatten_optimizer_state_dict=flat) for options in OTHERS[other]
+    )
+    whole.train(0, WINDOW.stop)
+    asynchronous = ["to sync" != other, "from sync" != other]
+    assert (flights(whole) > 0) == asynchronous[1]
     dcp.save({"optimizer": whole.state()}, checkpoint_id=tmp_path)
-    state = {"optimizer": resumed.state()}
-    if loading:
-        with pytest.raises(CheckpointException, match="Missing key .*shadow"):
-            dcp.load(state, checkpoint_id=tmp_path)
-    lax = dcp.DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load(state, checkpoint_id=tmp_path, planner=lax)
-    resumed.load(whole, state["optimizer"])
-    assert flights(resumed) == 0
+    resumed.load(whole, read(tmp_path, resumed))
+    assert flights(resumed) == (flights(whole) if all(asynchronous) else 0)
     assert_same_bits(resumed.bits(), whole.bits())
-    resumed.train(SAVED, STEPS)
+    resumed.train(WINDOW.stop, STEPS)
+    assert all(bool(value.isfinite().all()) for value in resumed.bits().values())
 
 
-def test_another_period_is_told_apart_by_the_shapes(tmp_path: Path) -> None:
-    whole, resumed = Run("SOAP", staleness=PERIOD), Run("SOAP", staleness=PERIOD, period=10)
-    whole.train(0, SAVED)
-    dcp.save({"optimizer": whole.state()}, checkpoint_id=tmp_path)
-    with pytest.raises(CheckpointException, match=r"[Ss]ize mismatch .*shadow"):
-        read(tmp_path, resumed)
+def file_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def test_files_have_no_room_for_what_is_not_in_flight(tmp_path: Path) -> None:
+    """Where nothing is, a set of bases would be zeros."""
+    quiet = Run("SOAP", model=lambda: nn.Linear(256, 256))
+    x = gradient((4, 256), torch.float32, 0, 0)
+    quiet.model(x).square().mean().backward()
+    quiet.optimizer.step()
+    assert flights(quiet) == 0
+    state = quiet.state()
+    dcp.save({"optimizer": state}, checkpoint_id=tmp_path)
+    tensors = [t for entries in state["state"].values() for t in entries.items()]
+    zeros = sum(t.nbytes for key, t in tensors if key.startswith("shadow"))
+    assert zeros == 2 * 256 * 256 * 4 + 2 * 4
+    kept = sum(t.nbytes for key, t in tensors) - zeros
+    assert kept < file_bytes(tmp_path) < kept + zeros
 
 
 @over_formats
@@ -271,6 +296,51 @@ def test_full_state_dicts(name: str, saving: dict[str, bool], loading: dict[str,
     for run in (whole, resumed):
         run.train(SAVED, STEPS)
     assert_same_bits(resumed.bits(), whole.bits())
+
+
+SLIM: dict[str, tuple[dict[str, bool], dict[str, bool]]] = {
+    "nested": ({}, {}),
+    "flat": ({"flatten_optimizer_state_dict": True}, {"flatten_optimizer_state_dict": True}),
+    "full": FULL[0],
+    "offload": FULL[1],
+    "broadcast": FULL[2],
+}
+
+
+@pytest.mark.parametrize(("saving", "loading"), SLIM.values(), ids=SLIM)
+def test_slim_states_from_memory(saving: dict[str, bool], loading: dict[str, bool]) -> None:
+    """Whatever the loader has itself: where the state has nothing, some put that."""
+    whole, plain = Run("SOAP", **saving), Run("SOAP")
+    whole.train(0, SAVED)
+    plain.optimizer.load_state_dict(asteria.slim(whole.optimizer.state_dict()))
+    plain.model.load_state_dict(whole.model.state_dict())
+    for begun in (0, 3):
+        resumed = Run("SOAP", **loading)
+        resumed.train(0, begun)
+        resumed.load(whole, asteria.slim(copy.deepcopy(whole.state())))
+        resumed.train(SAVED, SAVED + 4)
+        if not begun:
+            plain.train(SAVED, SAVED + 4)
+        assert_same_bits(resumed.bits(), plain.bits())
+
+
+@pytest.mark.parametrize("partly", [False, True], ids=["slim template", "partial load"])
+@over_formats
+def test_slim_states_from_disk(flat: bool, partly: bool, tmp_path: Path) -> None:
+    whole, resumed = (Run("SOAP", flatten_optimizer_state_dict=flat) for _ in range(2))
+    plain = Run("SOAP")
+    whole.train(0, SAVED)
+    dcp.save({"optimizer": asteria.slim(whole.state())}, checkpoint_id=tmp_path)
+    resumed.train(0, 3)
+    template = {"optimizer": resumed.state() if partly else asteria.slim(resumed.state())}
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=partly)
+    dcp.load(template, checkpoint_id=tmp_path, planner=planner)
+    resumed.load(whole, template["optimizer"])
+    plain.optimizer.load_state_dict(asteria.slim(whole.optimizer.state_dict()))
+    plain.model.load_state_dict(whole.model.state_dict())
+    for run in (resumed, plain):
+        run.train(SAVED, SAVED + 4)
+    assert_same_bits(resumed.bits(), plain.bits())
 
 
 class Parts(nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from asteria import SOAP
+from asteria import SOAP, RuntimeConfig
 from asteria.optim.optimizer import SecondOrderOptimizer
 from asteria.runtime.entries import Entries
 from asteria.runtime.show import show
@@ -118,3 +118,16 @@ def test_after_a_move_others_see_the_new_place_and_keep_what_they_have() -> None
     show(engine._all())
     assert entries_of(optimizer)["basis_0"].data_ptr() == held.data_ptr()
     assert same_bits(held, expected)
+
+
+@pytest.mark.parametrize("place", ["disk", "pinned"])
+def test_bases_in_bfloat16_are_promised_as_they_are(place: str) -> None:
+    runtime = RuntimeConfig(state_dtype=torch.bfloat16)
+    optimizer = SOAP(parameters([(12, 4)] * 3), shampoo_beta=0.5, runtime=runtime)
+    arranged(optimizer, ARRANGEMENTS[place])
+    train(optimizer, range(3))
+    saved = optimizer.state_dict()["state"]
+    for position in range(3):
+        for key, value in entries_of(optimizer, position).items():
+            assert saved[position][key].dtype == value.dtype, key
+            assert same_bits(saved[position][key].clone(), value), key

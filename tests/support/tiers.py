@@ -67,6 +67,10 @@ class CheckedSlot(CheckedCopy):
         self.data = torch.empty_like(source)
         super().__init__(source, self.data)
 
+    def wait(self, stream: Any = None) -> None:
+        super().wait(stream)
+        self._source = self._kept  # who wrote it may free it
+
 
 class CheckedTier:
     """An NVMe tier in memory, for one thread or for workers that wait at once."""
@@ -164,7 +168,7 @@ class CheckedLane:
     def __init__(self) -> None:
         self.uploads = self.downloads = self.ways = 0
         self._down: dict[int, CheckedDownload] = {}
-        """The latest to each piece of host memory."""
+        """The latest to each piece of host memory, unless it has ended."""
         self._up: dict[int, CheckedUpload] = {}
         """The latest from each piece of host memory, unless its end is known."""
 
@@ -183,6 +187,7 @@ class CheckedLane:
     def download(self, source: Tensor, host: Tensor) -> CheckedCopy:
         self._settle(host)
         self.downloads += 1
+        self._down = {place: down for place, down in self._down.items() if not down._copied}
         started = self._down[host.data_ptr()] = CheckedDownload(source, host)
         return started
 

@@ -1,0 +1,1 @@
+"""Who owns what, who is near whom, and how results reach every rank."""
