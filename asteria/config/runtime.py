@@ -86,10 +86,14 @@ class RuntimeConfig:
     """Where refreshes are computed.
 
     `"host"`: by the host, all of them. `"device"`: where the parameter is; asynchronous ones on a
-    stream beside the training, for which neither the host nor a worker is needed. (Where that is
-    host memory, nothing is beside: they are computed by the step that begins them.) `"auto"`:
-    those that the step waits for (synchronous, first and young ones) where the parameter is,
-    asynchronous ones on the host.
+    stream beside the training, for which neither the host nor a worker is needed, by LDLR unless
+    ``refresh_method`` says otherwise. (Where that is host memory, nothing is beside: they are
+    computed by the step that begins them.) `"auto"`: those that the step waits for (synchronous,
+    first and young ones) where the parameter is, asynchronous ones on the host; of parameters
+    on an accelerator, what the host has no time for beside them. That is decided once, by shapes
+    and the sizes of host and device, so that a run can be repeated; by what was measured where
+    ``precondition_frequency="auto"`` leaves the period to the clock, too. The parameter group
+    keeps it (``"refresh_plan"``), checkpoints as well, and ``describe()`` tells it.
     """
     staleness: int = 2
     """S, in steps: an asynchronous refresh from the factors of step t is first used by step

@@ -90,6 +90,8 @@ def suggestions(
         yield from _shorter_steps(question, ways, limit)
     if refreshes.is_sustainable is False:
         yield f"precondition_frequency={refreshes.sustainable_period}, which this host sustains"
+        if question.config.refresh_on == "host" and not question.machine.shares_memory:
+            yield 'refresh_on="auto" or "device": the device does what the host cannot'
         yield from _shorter_rounds(question, ways, refreshes)
     if refreshes.beside and (refreshes.needed_staleness or 0) > refreshes.staleness:
         yield f"staleness={refreshes.needed_staleness}, or smaller blocks"

@@ -35,7 +35,8 @@ def answer(question: Question) -> Plan:
         placement,
         memory,
         machine,
-        sent_every=refreshes.period if jobs else None,
+        # What the device refreshes stays there; where both do, this is what it would be at most.
+        sent_every=refreshes.period if jobs and refreshes.round_s else None,
     )
     rows = kinds(ways)
     return Plan(

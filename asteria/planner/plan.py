@@ -139,6 +139,12 @@ def _step(plan: Plan) -> Iterator[str]:
         f"a round of refreshes: {readable_s(fresh.round_s)} of work ({where}), the longest "
         f"{readable_s(fresh.longest_s)}"
     )
+    if fresh.places:
+        yield (
+            "by estimates that nobody has measured, of these "
+            + "; ".join(f"{dims} {place}" for dims, place in fresh.places.items())
+        )
+        yield f"a round on the device: {readable_s(fresh.device_round_s)}, beside the training"
     yield f"factors: {sizes or 'none'}"
     yield (
         f"first bases: {readable_s(fresh.first_s)} on the host's {plan.machine.cores} cores; "

@@ -6,11 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from asteria.config.hyperparameters import Hyperparameters
+from asteria.config.refresh_plan import RefreshPlan
 from asteria.config.runtime import RuntimeConfig
 from asteria.linalg.method import Method, chosen_method
+from asteria.planner.beside import device_round_s, places
 from asteria.planner.extents import Routed
 from asteria.planner.machine import Machine
 from asteria.refresh.pacing import HOST_SHARE, STEP_SHARE, affordable_period
@@ -37,11 +39,17 @@ class Refreshes:
     threads: int
     """Math threads of each."""
     round_s: float
-    """Seconds of work, of one job after another, to refresh the whole model once."""
+    """Seconds of work, of one job after another, to refresh once all that the host refreshes."""
     longest_s: float
     """Of that the longest single refresh, which cannot be divided."""
     first_s: float
     """To make the first bases, exact and in float64, on the host's training threads."""
+    places: Mapping[str, str]
+    """Blocks of which dims who refreshes, beside the training: ``"768x3072": "device ldlr"``. Empty
+    where the host does it all. By estimates of what an accelerator takes, which are not measured.
+    """
+    device_round_s: float
+    """Seconds of the device for its part of a round; ``round_s`` is the host's."""
     period: int
     """``precondition_frequency``, in steps; for ``"auto"`` what it begins with."""
     staleness: int
@@ -80,16 +88,17 @@ def planned_refreshes(
     """Price a round of refreshes of parameters with these ways, on ``machine``."""
     jobs, threads = refreshes_beside(config, machine)
     method = chosen_method(config.refresh_method, start=config.start, first=False)
-    known: dict[int, tuple[Counter[int], float]] = {}
+    plan = places(ways, group, config, machine, jobs=jobs, threads=threads)
+    known: dict[int, _Priced] = {}
     counts: Counter[int] = Counter()
-    longest_s = 0.0
+    longest_s = round_s = 0.0
     for _, way in ways:
         if id(way) not in known:
-            known[id(way)] = _priced(way, machine, threads, method=method)
-        sizes, tile_s = known[id(way)]
-        counts.update(sizes)
-        longest_s = max(longest_s, tile_s)
-    round_s = sum(n * machine.seconds(size, threads, method=method) for size, n in counts.items())
+            known[id(way)] = _priced(way, machine, threads, method=method, plan=plan)
+        priced = known[id(way)]
+        counts.update(priced.sizes)
+        longest_s = max(longest_s, priced.longest_s)
+        round_s += priced.round_s
     first_s = sum(n * machine.seconds(s, machine.cores, method="eigh") for s, n in counts.items())
     at_once, share = (jobs, HOST_SHARE) if jobs else (1, STEP_SHARE)
     period = Hyperparameters.of(group).precondition_frequency
@@ -105,6 +114,8 @@ def planned_refreshes(
         round_s=round_s,
         longest_s=longest_s,
         first_s=first_s,
+        places={"x".join(map(str, dims)): str(choice) for dims, choice in plan.items()},
+        device_round_s=device_round_s(ways, plan),
         period=period,
         staleness=staleness,
         oldest_steps=period + staleness,
@@ -115,17 +126,28 @@ def planned_refreshes(
     )
 
 
+class _Priced(NamedTuple):
+    """Of one parameter; the seconds are those of the host."""
+
+    sizes: Counter[int]
+    """Of all factors."""
+    round_s: float
+    longest_s: float
+    """Of one tile, which is refreshed at a time."""
+
+
 def _priced(
-    way: Route, machine: Machine, threads: int, *, method: Method
-) -> tuple[Counter[int], float]:
-    """(factors by size, seconds of the longest refresh, which is one tile) of a parameter."""
+    way: Route, machine: Machine, threads: int, *, method: Method, plan: RefreshPlan
+) -> _Priced:
     counts: Counter[int] = Counter()
-    longest_s = 0.0
-    tiles = Counter((tile.shape.factor_sizes(), tile.blocks) for tile in way.tiles)
-    for (sizes, blocks), number in tiles.items():
+    longest_s = round_s = 0.0
+    for (shape, blocks), number in Counter((t.shape, t.blocks) for t in way.tiles).items():
         tile_s = 0.0
-        for size in sizes:
+        for size in shape.factor_sizes():
             counts[size] += number * blocks
             tile_s += blocks * machine.seconds(size, threads, method=method)
+        if shape.dims in plan and plan[shape.dims].on == "device":
+            continue
         longest_s = max(longest_s, tile_s)
-    return counts, longest_s
+        round_s += number * tile_s
+    return _Priced(counts, round_s, longest_s)

@@ -55,11 +55,13 @@ class _Load:
     """Seconds of a round of the others."""
     capacity_s: float
     """For each step."""
+    at_a_time: int
+    """Refreshes."""
 
     @property
-    def excess(self) -> float:
-        """What is too much of the fixed kinds, 0 if nothing is."""
-        return max(0.0, self.fixed - 1.0)
+    def lost_s(self) -> float:
+        """What a step loses to fixed kinds that are too much, 0 if they are not."""
+        return max(0.0, self.fixed - 1.0) * self.capacity_s / self.at_a_time
 
     @property
     def period(self) -> float:
@@ -74,8 +76,8 @@ def choose(kinds: Sequence[Kind], means: Means) -> list[Choice]:
     """A choice for each kind: as little on the device as keeps the bases fresh.
 
     The host's time is free, so it does what it can do at the periods that are given. What it cannot
-    goes to the device, those kinds first that spare the host most for a second there, as long as
-    the device keeps within its share of the step. Where the period is to be found out, it is
+    goes to the device, those kinds first that spare the host most for a second there. Where both
+    cannot do it all, the step loses as little as can be; where the period is to be found out, it is
     the shortest that both sustain. Depends on its arguments only.
     """
     ways = [
@@ -104,21 +106,17 @@ def _beginnings(kinds: Sequence[Kind], *, free: bool) -> list[frozenset[int]]:
     return [frozenset(order[:count]) for count in range(len(order) + 1)]
 
 
-def _price(
-    kinds: Sequence[Kind], way: frozenset[int], means: Means
-) -> tuple[float, float, float, int]:
-    """Smaller is better: a device that has too much to do, a host, staleness, the device's work."""
+def _price(kinds: Sequence[Kind], way: frozenset[int], means: Means) -> tuple[float, float, int]:
+    """Smaller is better: what a step loses, then staleness, then what the device does."""
     host, device = _loads(kinds, way, means)
-    return device.excess, host.excess, max(host.period, device.period), len(way)
+    return host.lost_s + device.lost_s, max(host.period, device.period), len(way)
 
 
 def _loads(kinds: Sequence[Kind], way: frozenset[int], means: Means) -> tuple[_Load, _Load]:
     """Of the host and of the device, if the kinds of these places are refreshed there."""
     loads = []
-    for there, capacity_s in (
-        (False, means.step_s * means.jobs * HOST_SHARE),
-        (True, means.step_s * STEP_SHARE),
-    ):
+    for there, at_a_time, share in ((False, means.jobs, HOST_SHARE), (True, 1, STEP_SHARE)):
+        capacity_s = means.step_s * at_a_time * share
         fixed = free_s = 0.0
         for place, kind in enumerate(kinds):
             if (place in way) == there:
@@ -127,7 +125,7 @@ def _loads(kinds: Sequence[Kind], way: frozenset[int], means: Means) -> tuple[_L
                     free_s += seconds
                 else:
                     fixed += seconds / (kind.period * capacity_s)
-        loads.append(_Load(fixed, free_s, capacity_s))
+        loads.append(_Load(fixed, free_s, capacity_s, at_a_time))
     return loads[0], loads[1]
 
 

@@ -147,7 +147,7 @@ class Placer:
                 kinds.append(self._kind(units, group["precondition_frequency"]))
                 owners.append(group)
         measured = any(kind.period is None for kind in kinds)
-        step_s = self._pace.step_s if measured else modelled_step_s(records.values())
+        step_s = self._pace.step_s if measured else _step_s(records.values())
         choices = choose(kinds, Means(step_s=step_s, jobs=self._jobs))
         for group in groups:
             mine = {
@@ -204,14 +204,19 @@ def _by_dims(
     yield from found.items()
 
 
-def modelled_step_s(records: Iterable[ParameterRecord]) -> float:
-    """Seconds of a step in which parameters on accelerators are updated, by the tables."""
+def modelled_step_s(plans: Iterable[TilePlan], speed: float) -> float:
+    """Seconds of a step that updates these tiles on an accelerator, by the tables."""
     seconds = 0.0
+    for (shape, blocks), count in Counter((plan.shape, plan.blocks) for plan in plans).items():
+        one = update_seconds(shape.dims, shape.factor_sizes(), speed=speed)
+        seconds += count * blocks * one
+    return _UPDATES_IN_A_STEP * seconds
+
+
+def _step_s(records: Iterable[ParameterRecord]) -> float:
+    """Of all parameters on accelerators, one device after the other."""
+    plans: dict[torch.device, list[TilePlan]] = {}
     for record in records:
         if is_accelerator(record.device):
-            speed = _device_speed(record.device)
-            shapes = Counter((plan.shape, plan.blocks) for plan in record.route.tiles)
-            for (shape, blocks), count in shapes.items():
-                one = update_seconds(shape.dims, shape.factor_sizes(), speed=speed)
-                seconds += count * blocks * one
-    return _UPDATES_IN_A_STEP * seconds
+            plans.setdefault(record.device, []).extend(record.route.tiles)
+    return sum(modelled_step_s(tiles, _device_speed(device)) for device, tiles in plans.items())
