@@ -1,32 +1,35 @@
 """A run that is killed at any moment, also while it saves, resumes to the same bits."""
 
+import itertools
 import multiprocessing
+import random
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.arms import OPTIMIZERS
 from tests.support.asynchronous import GROWN
-from tests.support.killed_run import in_child, resume, run
+from tests.support.killed_run import SAVE_EVERY, Moment, in_child, resume, run
 from tests.support.training import assert_same_bits, everything
 
-NAME = "SOAP"
+NAMES = list(OPTIMIZERS)
+"""They take turns in one process, for processes take longest to begin."""
 STEPS = GROWN + 10
-MOMENTS = [
-    ("step 1", 0),
-    ("writing", 3),
-    ("written", 1),
-    ("synced", 0),
-    ("replaced", 1),
-    (f"stepped {GROWN - 1}", 0),
-    ("writing", 30),
-    (f"step {GROWN + 3}", 0),
-    ("written", 0),
-    ("replaced", 0),
-    (f"stepped {STEPS - 1}", 0),
+EXACT = [
+    Moment("step 1", 0),
+    Moment("writing", 3),
+    Moment("written", 2),
+    Moment("synced", 1),
+    Moment("replaced", 2),
+    Moment(f"stepped {GROWN - 1}", 1),
+    Moment("writing", 60),
 ]
-"""(report, how many alike to let pass) of each process' end; they follow on one another."""
+"""They follow on one another."""
+CHANCE = random.Random(0)
+RANDOM = [Moment("", CHANCE.randrange(1500), waits=False) for _ in range(6)]
+"""After some report or other, wherever the process is when the signal arrives."""
 
 pytestmark = pytest.mark.slow
 
@@ -35,32 +38,45 @@ pytestmark = pytest.mark.slow
 def processes() -> "multiprocessing.context.ForkServerContext":
     """Children of a server that has imported everything once and runs no thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.killed_run"])
+    context.set_forkserver_preload(["tests.support.killed_run", "torch._dynamo"])
     return context
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Of every optimizer's last checkpoint."""
+    paths = [folder / name for name in NAMES]
+    return [torch.load(p, weights_only=True)["steps"] if p.exists() else 0 for p in paths]
 
 
 def test_a_killed_run_resumes(
     tmp_path: Path, processes: "multiprocessing.context.ForkServerContext"
 ) -> None:
-    path = tmp_path / "checkpoint"
-    done = []
-    for stop, skip in [*MOMENTS, ("never", 0)]:
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    killed.mkdir()
+    undisturbed.mkdir()
+    done = [saved_steps(killed)]
+    for moment in [*EXACT, *RANDOM, None]:
         mine, theirs = processes.Pipe()
-        arguments = (path, NAME, STEPS, stop, skip, theirs)
+        arguments = (killed, NAMES, STEPS, moment, theirs)
         child = processes.Process(target=in_child, args=arguments, daemon=True)
         child.start()
         theirs.close()
-        assert mine.recv() == ("done" if stop == "never" else stop)
-        if stop != "never":
+        told = mine.recv()
+        if moment is None:
+            assert told == "done"
+        else:
+            assert told.startswith(moment.text) or not moment.waits
             child.kill()
         child.join()
-        assert child.exitcode == (0 if stop == "never" else -signal.SIGKILL)
-        if path.exists():
-            done.append(torch.load(path, weights_only=True)["steps"])
-    assert done == sorted(done), "no checkpoint is lost"
-    assert len(set(done)) > 3
-    run(tmp_path / "undisturbed", NAME, STEPS, lambda _: None)
-    killed, undisturbed = (resume(each, NAME)[0] for each in (path, tmp_path / "undisturbed"))
-    assert_same_bits(everything(killed), everything(undisturbed))
-    for index, entries in undisturbed.state_dict()["state"].items():
-        assert_same_bits(killed.state_dict()["state"][index], entries)
+        assert child.exitcode in ((0, -signal.SIGKILL) if told == "done" else (-signal.SIGKILL,))
+        done.append(saved_steps(killed))
+    for before, after in itertools.pairwise(done):
+        assert all(a <= b for a, b in zip(before, after, strict=True)), "no checkpoint is lost"
+    assert done[-1] == [STEPS] * len(NAMES)
+    assert len({steps for each in done for steps in each}) > STEPS // SAVE_EVERY // 2
+    run(undisturbed, NAMES, STEPS, lambda _: None)
+    for name in NAMES:
+        ours, theirs_ = (resume(folder / name, name)[0] for folder in (killed, undisturbed))
+        assert_same_bits(everything(ours), everything(theirs_))
+        for index, entries in theirs_.state_dict()["state"].items():
+            assert_same_bits(ours.state_dict()["state"][index], entries)

@@ -1,10 +1,10 @@
 """A training run in a process of its own, which is killed where a test says."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -65,31 +65,48 @@ def resume(path: Path, name: str) -> tuple[SecondOrderOptimizer, list[torch.nn.P
     return optimizer, params, saved["steps"]
 
 
-def run(path: Path, name: str, steps: int, report: Report) -> None:
-    """Train up to ``steps``, from the last checkpoint on, saving on the way."""
-    optimizer, params, done = resume(path, name)
-    for step in range(done, steps):
-        set_gradients(params, step)
-        report(f"step {step}")
-        optimizer.step()
-        report(f"stepped {step}")
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            state = {"optimizer": optimizer.state_dict(), "params": params, "steps": step + 1}
-            save({**state, "params": [p.detach() for p in params]}, path, report)
-    optimizer.close()
+def run(folder: Path, names: Sequence[str], steps: int, report: Report) -> None:
+    """Train one of each up to ``steps``, in turns, from the last checkpoints; save on the way."""
+    runs = {name: resume(folder / name, name) for name in names}
+    for step in range(min(done for _, _, done in runs.values()), steps):
+        for name, (optimizer, params, done) in runs.items():
+            if step < done:
+                continue
+            set_gradients(params, step)
+            report(f"step {step}")
+            optimizer.step()
+            report(f"stepped {step}")
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+                values = [p.detach() for p in params]
+                state = {"optimizer": optimizer.state_dict(), "params": values, "steps": step + 1}
+                save(state, folder / name, report)
+    for optimizer, _, _ in runs.values():
+        optimizer.close()
 
 
-def in_child(path: Path, name: str, steps: int, stop: str, skip: int, link: Connection) -> None:
-    """Run; at report ``stop``, after ``skip`` others like it, tell so and wait for the end."""
-    left = skip
+class Moment(NamedTuple):
+    """When a process ends: after ``skip`` reports that begin with ``text``."""
+
+    text: str
+    skip: int
+    waits: bool = True
+    """Whether exactly there; else it goes on until the signal arrives."""
+
+
+def in_child(
+    folder: Path, names: Sequence[str], steps: int, moment: Moment | None, link: Connection
+) -> None:
+    """Run; at the moment tell so, and wait for the end or go on."""
+    left = moment.skip if moment else 0
 
     def report(text: str) -> None:
         nonlocal left
-        if text == stop:
+        if moment is not None and text.startswith(moment.text):
             left -= 1
-            if left < 0:
+            if left == -1:
                 link.send(text)
-                link.recv()  # nobody answers
+                if moment.waits:
+                    link.recv()  # nobody answers
 
-    run(path, name, steps, report)
+    run(folder, names, steps, report)
     link.send("done")
