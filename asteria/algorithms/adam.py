@@ -127,8 +127,11 @@ class AdamW:
         """Two moments."""
         return FieldSpec("exp_avg", ()), FieldSpec("exp_avg_sq", ())
 
-    def begin_(self, state: BlockState, gradient: Tensor, hyper: Hyperparameters) -> None:
-        """Nothing: the moments begin at zero."""
+    def first_contributions(
+        self, state: BlockState, gradient: Tensor, hyper: Hyperparameters
+    ) -> Iterator[Contribution]:
+        """None: there are no factors, and the moments begin at zero."""
+        return iter(())
 
     def direction_(
         self,

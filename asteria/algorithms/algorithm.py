@@ -20,6 +20,7 @@ __all__ = [
     "Pair",
     "accumulate_",
     "bases",
+    "begin_",
     "fold_",
 ]
 
@@ -84,6 +85,12 @@ def accumulate_(
         fold_(state, given, hyper.shampoo_beta, gate)
 
 
+def begin_(rule: Algorithm, state: BlockState, gradient: Tensor, hyper: Hyperparameters) -> None:
+    """First statistics, from the first gradient; the bases are computed from them."""
+    for given in rule.first_contributions(state, gradient, hyper):
+        fold_(state, given, hyper.shampoo_beta, None)
+
+
 def fold_(state: BlockState, given: Contribution, beta: float, gate: Tensor | None) -> None:
     """Fold one contribution into its factor, in place, unless ``gate`` is 0."""
     factor = state[f"factor_{given.mode}"]
@@ -113,8 +120,13 @@ class Algorithm(Protocol):
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """The state of one block."""
 
-    def begin_(self, state: BlockState, gradient: Tensor, hyper: Hyperparameters) -> None:
-        """First statistics, from the first gradient; the bases are computed from them."""
+    def first_contributions(
+        self, state: BlockState, gradient: Tensor, hyper: Hyperparameters
+    ) -> Iterator[Contribution]:
+        """What the first gradient adds to factors that begin at zero; otherwise as `contributions`.
+
+        The first bases are computed from it.
+        """
 
     def direction_(
         self,

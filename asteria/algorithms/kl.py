@@ -21,7 +21,6 @@ from asteria.algorithms.algorithm import (
     Contribution,
     Pair,
     bases,
-    fold_,
 )
 from asteria.algorithms.rotated_adam import (
     moment_fields,
@@ -47,8 +46,10 @@ class _KullbackLeibler:
     sorts_columns = False
     rows_alike = False
 
-    def begin_(self, state: BlockState, gradient: Tensor, hyper: Hyperparameters) -> None:
-        """Unwhitened factors of the first gradient; constant eigenvalues, if none are there."""
+    def first_contributions(
+        self, state: BlockState, gradient: Tensor, hyper: Hyperparameters
+    ) -> Iterator[Contribution]:
+        """The gradient, not whitened; constant eigenvalues, if none are there."""
         rank = gradient.dim() - 1
         scaled = gradient
         if hyper.init_factor is None:
@@ -65,8 +66,7 @@ class _KullbackLeibler:
                 root.masked_fill_(waiting.unsqueeze(-1), hyper.init_factor**-0.5)
         for mode, basis in enumerate(bases(state, rank)):
             if basis is not None:
-                given = _contribution(scaled, mode, hyper)
-                fold_(state, given, hyper.shampoo_beta, None)
+                yield _contribution(scaled, mode, hyper)
 
     def scale(self, hyper: Hyperparameters, step: int) -> float:
         """1: as published, without bias correction."""

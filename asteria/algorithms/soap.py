@@ -13,7 +13,6 @@ from asteria.algorithms.algorithm import (
     Contribution,
     Pair,
     bases,
-    fold_,
 )
 from asteria.algorithms.rotated_adam import (
     moment_fields,
@@ -40,10 +39,11 @@ class SOAP:
         """Two moments of the block's dims, factor and eigenbasis of each factored mode."""
         return moment_fields(block) + block.factor_fields()
 
-    def begin_(self, state: BlockState, gradient: Tensor, hyper: Hyperparameters) -> None:
-        """Factors of the first gradient, begun at zero."""
-        for given in _contributions(state, gradient, hyper):
-            fold_(state, given, hyper.shampoo_beta, None)
+    def first_contributions(
+        self, state: BlockState, gradient: Tensor, hyper: Hyperparameters
+    ) -> Iterator[Contribution]:
+        """As later ones: factors begin at zero."""
+        return _contributions(state, gradient, hyper)
 
     def direction_(
         self,

@@ -42,6 +42,10 @@ def _is_process_group(value: object) -> bool:
     return there and isinstance(value, torch.distributed.ProcessGroup)
 
 
+def _unpickled(values: dict[str, Any]) -> RuntimeConfig:
+    return RuntimeConfig(**values)
+
+
 def parse_bytes(text: int | str) -> int:
     """Bytes of an int or of a text such as ``"8GiB"``, ``"1.5 GB"`` or ``"4096"``.
 
@@ -205,6 +209,16 @@ class RuntimeConfig:
         With it the optimizers follow the published implementations' trajectories.
         """
         return cls(refresh="sync", refresh_method="qr", start="eigh", staleness=0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RuntimeConfig:
+        return self  # nothing in it changes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without a process group, which belongs to its process."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not isinstance(self.process_group, str):
+            values["process_group"] = None
+        return _unpickled, (values,)
 
     def __repr__(self) -> str:
         changed = (

@@ -32,11 +32,19 @@ _KIND = "basis"
 class Arrival(Job[T], Generic[T]):
     """A refresh that another rank computes: done when its result has come. As `Job`."""
 
-    def __init__(self, subject: str, owner: int, unpack: Callable[[Letter], T]) -> None:
-        """``unpack`` makes the outcome of what has come, on the receiving thread."""
+    def __init__(self, subject: str, owner: int, unpack: Callable[[Letter], T], post: Post) -> None:
+        """``unpack`` makes the outcome of what has come by ``post``, on the receiving thread."""
         super().__init__(_nobody, name=subject, urgency=())
         self.owner = owner
         self._unpack = unpack
+        self._post = post
+
+    def await_by(self, wait: Callable[[Job[T]], None]) -> None:
+        """Return once the result has come, whatever workers do here.
+
+        Raises CoherenceError where it does not come. For the training thread.
+        """
+        self._post.wait(self.wait, lambda: [self.owner], self.name, "basis")
 
     def take(self, letter: Letter) -> None:
         """The result has come."""
@@ -81,7 +89,7 @@ class Coherence:
         self, subject: str, owner: int, unpack: Callable[[Letter], T]
     ) -> tuple[int, Arrival[T]]:
         """Another rank launches a refresh: its number, and a job that is done when it has come."""
-        arrival = Arrival(subject, owner, unpack)
+        arrival = Arrival(subject, owner, unpack, self._post)
         with self._lock:
             self._number += 1
             number, early = self._number, self._early.pop(self._number, None)
@@ -132,10 +140,6 @@ class Coherence:
                 "state; start them again from a checkpoint"
             )
         )
-
-    def wait(self, arrival: Arrival[Any]) -> None:
-        """Return once the result has come; raises CoherenceError where it does not."""
-        self._post.wait(arrival.wait, lambda: [arrival.owner], arrival.name, "basis")
 
     def forget(self, number: int) -> None:
         """Nobody wants this result any more; it is dropped when it comes."""

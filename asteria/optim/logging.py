@@ -10,7 +10,7 @@ import torch
 
 from asteria.errors import ConfigError
 from asteria.optim.optimizer import SecondOrderOptimizer
-from asteria.telemetry.counters import Stats
+from asteria.telemetry.counters import Network, Stats
 
 __all__ = ["logging_dict"]
 
@@ -27,6 +27,8 @@ def logging_dict(optimizer: torch.optim.Optimizer) -> dict[str, float]:
       optimizer was made.
     - Bytes of state by tier, such as ``asteria/device_bytes`` and ``asteria/nvme_peak_bytes``, and
       what steps have moved between tiers, such as ``asteria/traffic_read_bytes``.
+    - Of several ranks their number, what this one has sent and received by class of link, such as
+      ``asteria/network_inter_sent_bytes``, and how long it has waited for others.
     - ``asteria/staleness_mean`` and ``asteria/staleness_max``: ages in steps of the bases that
       updates used so far, once there has been any such update.
     - ``asteria/lr``, ``asteria/weight_decay`` and ``asteria/precondition_frequency`` of a single
@@ -59,12 +61,23 @@ def _of_stats(stats: Stats) -> dict[str, float]:
         scalars |= {f"{tier}_{name}": float(count) for tier, count in taken.items()}
     moved = dataclasses.asdict(stats.traffic)
     scalars |= {f"traffic_{name}": float(value) for name, value in moved.items()}
+    scalars |= _of_network(stats.network)
     updates = sum(sum(ages.values()) for ages in stats.staleness.values())
     if updates:
         ages = [(age, n) for by_age in stats.staleness.values() for age, n in by_age.items()]
         scalars["staleness_mean"] = sum(age * n for age, n in ages) / updates
         scalars["staleness_max"] = float(max(age for age, _ in ages))
     return scalars
+
+
+def _of_network(network: Network) -> dict[str, float]:
+    scalars = {"ranks": float(network.ranks), "owned_units": float(network.owned_units)}
+    for link, counted in network.links.items():
+        values = dataclasses.asdict(counted)
+        scalars |= {f"{link}_{name}": float(value) for name, value in values.items()}
+    scalars["waits"] = float(sum(waited.count for waited in network.waits))
+    scalars["wait_s"] = sum((waited.seconds for waited in network.waits), start=0.0)
+    return {f"network_{name}": value for name, value in scalars.items()}
 
 
 def _of_groups(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

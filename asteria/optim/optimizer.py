@@ -19,12 +19,14 @@ from asteria.errors import ConfigError
 from asteria.optim.checks import check_gradient, check_parameter
 from asteria.optim.description import Description, describe_parameter
 from asteria.optim.loading import Named, loaded_groups, match_state
+from asteria.optim.members import members
 from asteria.optim.recording import make_record, way_of
 from asteria.runtime.chunks import Update
 from asteria.runtime.engine import Engine
 from asteria.runtime.entries import Entries
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.routing import check_route, routing_options
+from asteria.runtime.sharded import Together
 from asteria.runtime.sharded_state import stepped_state
 from asteria.telemetry.counters import Stats
 
@@ -156,11 +158,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _accepts(
         self, records: list[ParameterRecord], *, ready: bool
     ) -> tuple[bool, Tensor | None]:
-        if any(record.sharding is not None for record in records):
-            parameters = sum(len(group["params"]) for group in self.param_groups)
-            return self._engine.accepts_together(records, parameters=parameters, ready=ready)
-        gradients = [g for record in records if (g := record.parameter.grad) is not None]
-        return self._engine.accepts([record.name for record in records], gradients, ready=ready)
+        parameters = sum(len(group["params"]) for group in self.param_groups)
+        together = Together.of(records, parameters)
+        gradients = [g for record in records if (g := record.seen_gradient) is not None]
+        names, options = [r.name for r in records], {"together": together} if together else {}
+        return self._engine.accepts(names, gradients, ready=ready, **options)
 
     def _forget_replaced_state(self) -> None:
         """Follow what was done to ``self.state`` from outside.
@@ -184,7 +186,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def _admit(self, saved: Mapping[ParameterRecord, Mapping[str, Tensor]]) -> None:
         """Make state for new records, of the saved values where there are any."""
-        self._engine.admit(list(saved), {r: values for r, values in saved.items() if values})
+        self._engine.admit(list(saved), saved, lambda: members(self._named(), self.rule))
         for record in saved:
             self._records[record.parameter] = record
             self.state[record.parameter] = record.facade or record.entries
@@ -242,7 +244,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             groups = loaded_groups(loaded, self.param_groups, self.defaults)
             named, make = self._named(), self._make_record
             records.update(match_state(loaded, groups, self.rule, self.defaults, named, make))
-            self._engine.check_room(list(records))
+            self._engine.check_room(list(records), lambda: members(self._named(), self.rule))
             return {**loaded, "state": {}, "param_groups": groups}
 
         def put_state(_: torch.optim.Optimizer) -> None:

@@ -58,6 +58,11 @@ class Job(Generic[T]):
         return self._done.is_set()
 
     @property
+    def error(self) -> Exception | None:
+        """What `outcome` raises, if it is done and does."""
+        return self._error if self.done and isinstance(self._error, Exception) else None
+
+    @property
     def wall_s(self) -> float:
         """Seconds that the work took."""
         return (self.ended_ns - self.started_ns) * 1e-9
@@ -114,6 +119,10 @@ class Job(Generic[T]):
             raise self._error
         outcome: Any = self._outcome
         return outcome  # type: ignore[no-any-return]
+
+    def await_by(self, wait: Callable[[Job[T]], None]) -> None:
+        """Return once it is done; ``wait`` is how to wait for what workers do."""
+        wait(self)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for the end, at most so long; whether it came."""

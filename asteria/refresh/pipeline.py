@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from asteria.refresh.job import Job
 from asteria.refresh.pool import Executor
 
-__all__ = ["Flight", "Pipeline", "Waits"]
+__all__ = ["Flight", "Pipeline", "Waits", "name_of"]
 
 T = TypeVar("T")
 U = TypeVar("U", bound=Hashable)
@@ -27,6 +27,8 @@ class Flight(Generic[T]):
     lands: int
     """The steps of the unit after which it is installed, at the latest; at least ``version``."""
     job: Job[T]
+    number: int = 0
+    """Names it among all that were launched, where several ranks launch the same; 0 elsewhere."""
     passed: Callable[[], bool] | None = None
     """Whether a device has come to its end, if one does what ``job`` only has begun."""
 
@@ -42,6 +44,11 @@ class Waits:
 
     count: int = 0
     seconds: float = 0.0
+
+
+def name_of(unit: object, version: int) -> str:
+    """What a refresh is called in messages and traces, on every rank."""
+    return f"refresh of {unit} at step {version}"
 
 
 class Pipeline(Generic[U, T]):
@@ -63,6 +70,8 @@ class Pipeline(Generic[U, T]):
         """``clock`` in seconds."""
         self.executor = executor
         self.waits = Waits()
+        self.may_land: Callable[[Flight[T]], bool] = lambda flight: flight.job.done
+        """With ``ready``: whether a flight may land before its time."""
         self._ready = ready
         self._clock = clock
         self._flights: dict[U, deque[Flight[T]]] = {}
@@ -79,13 +88,15 @@ class Pipeline(Generic[U, T]):
         *,
         lands: int,
         urgency: tuple[float, ...],
+        number: int = 0,
+        then: Callable[[T | None, BaseException | None], None] | None = None,
     ) -> Flight[T]:
         """Begin a refresh from a snapshot of step ``version``; never blocks.
 
-        Of all that are waiting the smallest ``urgency`` is worked on first.
+        Of all that are waiting the smallest ``urgency`` is worked on first. ``then`` as in `Job`.
         """
-        name = f"refresh of {unit} at step {version}"
-        flight = Flight(version, lands, Job(work, name=name, urgency=urgency))
+        job = Job(work, name=name_of(unit, version), urgency=urgency, then=then)
+        flight = Flight(version, lands, job, number)
         self.executor.submit(flight.job)  # first: what is in flight must be with the workers
         self.add(unit, flight)
         return flight
@@ -111,7 +122,7 @@ class Pipeline(Generic[U, T]):
         for flight in self._flights.get(unit, ()):
             if steps >= flight.lands:
                 self._wait_for(flight.job)
-            elif not (self._ready and flight.is_ready):
+            elif not (self._ready and self.may_land(flight)):
                 break
             landing.append(flight)
         return landing
@@ -134,7 +145,7 @@ class Pipeline(Generic[U, T]):
         flights = self.flights(unit)
         for flight in flights:
             if not flight.job.done:
-                self.executor.wait(flight.job)
+                flight.job.await_by(self.executor.wait)
         return flights
 
     def land(self, unit: U, flight: Flight[T]) -> None:
@@ -148,7 +159,7 @@ class Pipeline(Generic[U, T]):
         if not job.done:
             start = self._clock()
             try:
-                self.executor.wait(job)
+                job.await_by(self.executor.wait)
             finally:
                 self.waits.count += 1
                 self.waits.seconds += self._clock() - start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ from asteria.errors import CheckpointError
 from asteria.runtime.entries import Entries
 from asteria.runtime.extents import Extent, ExtentKey, cut_blocks, layouts
 from asteria.runtime.records import (
+    Fetch,
     ParameterRecord,
     Route,
     Tile,
@@ -25,17 +26,25 @@ from asteria.runtime.shadows import shadow_shapes
 from asteria.runtime.show import show
 from asteria.store.cell import Cell
 from asteria.store.distant import Opened
+from asteria.store.door import Door
 from asteria.store.layout import Life
 
-__all__ = ["Extents", "admit", "check_room", "check_saved", "discard"]
+__all__ = ["Elsewhere", "Extents", "admit", "check_room", "check_saved", "discard", "nowhere"]
 
 Extents: TypeAlias = dict[ExtentKey, list[Extent]]
 """All extents of one kind, in order of their parameters."""
+Elsewhere: TypeAlias = Callable[[ParameterRecord, TilePlan], Fetch | None]
+"""How to get at the factors of a tile that another rank keeps; None if they are kept here."""
 
 _COUNTERS = ("step", "version", "lands", "born")
 """How the keys of counters end."""
 _MOST_STEPS = 2**24
 """Above it float32, the dtype of torch's step counters, does not count."""
+
+
+def nowhere(record: ParameterRecord, plan: TilePlan) -> Fetch | None:
+    """`Elsewhere` of a process that is alone."""
+    return None
 
 
 def check_saved(
@@ -97,10 +106,13 @@ def _flight_shapes(route: Route, saved: Mapping[str, object]) -> dict[str, tuple
     return shadow_shapes(route, places)
 
 
-def check_room(records: Iterable[ParameterRecord], residence: Residence) -> None:
+def check_room(
+    records: Iterable[ParameterRecord], residence: Residence, elsewhere: Elsewhere = nowhere
+) -> None:
     """Raise StoreFullError unless there is room for the state of ``records``, if it were alone."""
     kinds = _by_kind(records).items()
-    residence.check([e for key, places in kinds for e in _cut(key, places, [], residence)])
+    cuts = [_cut(key, places, [], residence.door(key.device), elsewhere) for key, places in kinds]
+    residence.check([extent for cut in cuts for extent in cut])
 
 
 def _by_kind(
@@ -123,6 +135,7 @@ def admit(
     saved: Mapping[ParameterRecord, Mapping[str, Tensor]],
     extents: Extents,
     residence: Residence,
+    elsewhere: Elsewhere = nowhere,
 ) -> None:
     """Make the state of new ``records`` in ``extents``, by block shape, within the budgets.
 
@@ -130,17 +143,17 @@ def admit(
     together, and so every bit of the result, depends on which parameters have state and not on when
     they got it. Blocks that were there before move where the cut has changed.
 
-    Of those whose state another rank has only the counters begin. A record in ``saved`` takes its
-    values from there (copied, from any dtype and device), the others begin at zero. Raises
-    CheckpointError if something saved does not fit and StoreFullError if there is no room, before
-    anything is changed.
+    ``elsewhere`` tells which factors other ranks keep; of records whose whole state another rank
+    has only the counters begin. A record in ``saved`` takes its values from there (copied, from any
+    dtype and device), the others begin at zero. Raises CheckpointError if something saved does not
+    fit and StoreFullError if there is no room, before anything is changed.
     """
     records = list(records)
     here = [record for record in records if record.is_here]
     check_saved({record: saved[record] for record in here if record in saved})
     for record in records:
         _count(record, saved.get(record, {}))
-    _change(extents, _by_kind(here), [], saved, residence)
+    _change(extents, _by_kind(here), [], saved, residence, elsewhere)
 
 
 def _count(record: ParameterRecord, saved: Mapping[str, Tensor]) -> None:
@@ -173,9 +186,14 @@ def _count(record: ParameterRecord, saved: Mapping[str, Tensor]) -> None:
     )
 
 
-def discard(records: Collection[ParameterRecord], extents: Extents, residence: Residence) -> None:
-    """Drop the blocks of ``records``; the other blocks move together."""
-    _change(extents, {}, records, {}, residence)
+def discard(
+    records: Collection[ParameterRecord],
+    extents: Extents,
+    residence: Residence,
+    elsewhere: Elsewhere = nowhere,
+) -> None:
+    """Drop the blocks of ``records``; the other blocks move together. ``elsewhere`` as before."""
+    _change(extents, {}, records, {}, residence, elsewhere)
 
 
 def _change(
@@ -184,6 +202,7 @@ def _change(
     gone: Collection[ParameterRecord],
     saved: Mapping[ParameterRecord, Mapping[str, Tensor]],
     residence: Residence,
+    elsewhere: Elsewhere,
 ) -> None:
     """Cut the tiles anew and move what has to; nothing has changed if it raises."""
     changed: Extents = {}
@@ -192,7 +211,7 @@ def _change(
         kept = [t for extent in old for t in extent.tiles if t.record not in gone]
         if key in arrivals or len(kept) < sum(len(extent.tiles) for extent in old):
             places = [(tile.record, tile.plan) for tile in kept] + arrivals.get(key, [])
-            changed[key] = _cut(key, places, old, residence)
+            changed[key] = _cut(key, places, old, residence.door(key.device), elsewhere)
     pairs = [(extents.get(key, []), cut) for key, cut in changed.items()]
     try:
         residence.house(_everything({**extents, **changed}))
@@ -219,22 +238,23 @@ def _cut(
     key: ExtentKey,
     places: list[tuple[ParameterRecord, TilePlan]],
     old: Sequence[Extent],
-    residence: Residence,
+    door: Door,
+    elsewhere: Elsewhere,
 ) -> list[Extent]:
     """Extents for these tiles; an old one where it has the same tiles."""
     places.sort(key=lambda place: place[0].index)  # stable: tiles of a parameter keep their order
     same = {tuple((t.record, t.plan.ordinal) for t in extent.tiles): extent for extent in old}
-    door = residence.door(key.device)
     result = []
     for group in cut_blocks([(place, place[1].blocks) for place in places], key.most_blocks):
         extent = same.get(tuple((record, plan.ordinal) for record, plan in group))
         if extent is None:
             stops = list(itertools.accumulate(plan.blocks for _, plan in group))
             tiles = [
-                Tile(record, plan, stop - plan.blocks, stop)
+                Tile(record, plan, stop - plan.blocks, stop, elsewhere(record, plan))
                 for (record, plan), stop in zip(group, stops, strict=True)
             ]
-            lives = layouts(key.rule, key.shape, stops[-1], key.dtype)
+            kept = sum(tile.plan.blocks for tile in tiles if tile.kept)
+            lives = layouts(key.rule, key.shape, stops[-1], key.dtype, kept)
             cells = {life: Cell(layout) for life, layout in lives.items()}
             extent = Extent(key, tiles, door, cells)
         result.append(extent)
@@ -282,7 +302,9 @@ def _fill_cell(
     door.acquire(cell)
     try:
         for tile, place in kept.items():
-            values = cell.window(tile.start, tile.stop)
+            if life is Life.SUM and not tile.kept:
+                continue
+            values = cell.window(*extent.place(tile.start, tile.stop, life))
             if place is not None:
                 old, old_tile = place
                 # Neighbours have mostly been neighbours before.
@@ -292,7 +314,7 @@ def _fill_cell(
                         source = None
                     door.acquire(old.cells[life])
                     source = old.cells[life]
-                given = source.window(old_tile.start, old_tile.stop)
+                given = source.window(*old.place(old_tile.start, old_tile.stop, life))
                 for name, value in values.items():
                     value.copy_(given[name])
             elif tile.record in saved:

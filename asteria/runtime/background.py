@@ -18,6 +18,7 @@ from asteria.runtime.host_refresh import Refreshed
 from asteria.runtime.launcher import Launcher
 from asteria.runtime.pending import chosen
 from asteria.runtime.records import ParameterRecord
+from asteria.runtime.results import Exchange
 from asteria.runtime.rows import rotate_
 from asteria.runtime.shadows import show_flights, take_up
 from asteria.runtime.staging import Stager
@@ -46,9 +47,11 @@ class BackgroundRefresher:
         executor: Executor,
         clock: Callable[[], float],
         trace: Trace | None,
+        exchange: Exchange,
     ) -> None:
         """``config.staleness`` is at least 1; ``clock`` tells seconds as `time.perf_counter`."""
         self._config = config
+        self._exchange = exchange
         self._counters = counters
         self._units = units
         self._verdicts = verdicts
@@ -60,7 +63,10 @@ class BackgroundRefresher:
         self._landings: dict[Unit, list[_Landing]] = {}
         self._overdue_s = 0.0
         self._stager = Stager(self.pipeline)
-        self.launcher = Launcher(config, counters, units, self.pipeline, self._stager, clock)
+        self.launcher = Launcher(
+            config, counters, units, self.pipeline, self._stager, clock, exchange
+        )
+        self.launcher.landing = lambda unit: len(self._landings.get(unit, ()))
 
     def admit(self, records: Iterable[ParameterRecord]) -> None:
         """Prepare for the refreshes of new records."""
@@ -88,6 +94,8 @@ class BackgroundRefresher:
         waits, begin_s = self.pipeline.waits, self._clock()
         before_s, self._overdue_s = waits.seconds, 0.0
         try:
+            if self._config.install == "ready":
+                self._agree()
             for unit in self.pipeline.units():
                 if unit.record in updates:
                     self._collect(unit, governor)
@@ -96,6 +104,14 @@ class BackgroundRefresher:
             governor.waited(waited_s, overdue_s=self._overdue_s)
             if self._trace is not None and waited_s:
                 self._trace.span("waits", "wait", _ns(begin_s), _ns(self._clock()))
+
+    def _agree(self) -> None:
+        """Let only those land before their time whose results all ranks have."""
+        if not self._exchange.is_shared:
+            return
+        units, flights = self.pipeline.units(), self.pipeline.flights
+        ready = self._exchange.arrived_everywhere(f for unit in units for f in flights(unit))
+        self.pipeline.may_land = lambda f: f.number in ready or (f.job.done and not f.number)
 
     def _collect(self, unit: Unit, governor: Governor) -> None:
         before_s, flights = self.pipeline.waits.seconds, self.pipeline.flights(unit)
@@ -106,6 +122,7 @@ class BackgroundRefresher:
             if any(flight.lands > flight.version for flight in flights):
                 self._overdue_s += self.pipeline.waits.seconds - before_s
         for flight in due:
+            self._exchange.landing(flight)
             try:
                 landing = _Landing(flight, flight.job.outcome())
             except StoreError:
@@ -167,7 +184,9 @@ class BackgroundRefresher:
             self._trace.span(job.worker, job.name, job.started_ns, job.ended_ns)
         self._counters.worker_s += flight.job.wall_s
         reasons = outcome.kept
-        self._counters.refreshes += outcome.count
+        if self._exchange.owns(unit):
+            self._counters.refreshes += outcome.count
+            self._counters.refresh_cost += unit.record.route.tiles[unit.ordinal].refresh_cost
         self._counters.installs += outcome.count - len(reasons)
         self._counters.retried_refreshes += sum(found.retried for found in outcome.failures)
         memory, before = self._units[unit], unit.record.versions[unit.ordinal]
@@ -195,8 +214,12 @@ class BackgroundRefresher:
 
     def _forget(self, unit: Unit) -> None:
         for flight in self.pipeline.flights(unit):
-            self._stager.drop(flight)
+            self._drop(flight)
         self.pipeline.forget(unit)
+
+    def _drop(self, flight: Flight[Refreshed]) -> None:
+        self._stager.drop(flight)
+        self._exchange.dropped(flight)
 
     def restore(self, record: ParameterRecord, saved: Mapping[str, Tensor]) -> None:
         """Take up what was in flight when ``saved`` was made."""

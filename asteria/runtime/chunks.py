@@ -67,8 +67,16 @@ class Chunk:
         """Updates of the blocks' moments so far."""
         return self.tiles[0].record.steps
 
+    @property
+    def kept(self) -> list[slice]:
+        """Which of its blocks have their factors here; the others' are with other ranks."""
+        return self.extent.kept(self.start, self.stop)
+
     def state(self, lives: Iterable[Life] = Life) -> BlockState:
-        """The blocks' fields of these lives, which are acquired: (blocks, *shape) each."""
+        """The blocks' fields of these lives, which are acquired: (blocks, *shape) each.
+
+        Of factors those of the blocks that are `kept`.
+        """
         return self.extent.window(self.start, self.stop, lives)
 
 

@@ -52,22 +52,24 @@ def _bytes(budget: int | str | None) -> int | None:
     return None if budget is None else parse_bytes(budget)
 
 
-def items(key: ExtentKey, blocks: int, period: int, config: RuntimeConfig) -> list[Item]:
+def items(
+    key: ExtentKey, blocks: int, period: int, config: RuntimeConfig, kept: int | None = None
+) -> list[Item]:
     """One item for each cell of an extent of so many blocks, in the order of `layouts`.
 
-    ``period`` in steps between refreshes.
+    ``period`` in steps between refreshes; ``kept`` as in `layouts`.
     """
     flying = config.refresh == "async" and config.staleness > 0
     share = (config.staleness + 1) / period if flying else 0.0
     found = []
-    for life, layout in layouts(key.rule, key.shape, blocks, key.dtype).items():
+    for life, layout in layouts(key.rule, key.shape, blocks, key.dtype, kept).items():
         read = written = float(layout.nbytes)
         if life is Life.BASIS:
             written /= period
         beside = 0.0 if life is Life.STEP else share * layout.nbytes
         noted = 0
         if life is Life.SUM and (steps := ledger_steps(key, period)):
-            step = _contributed_bytes(key) * blocks
+            step = _contributed_bytes(key) * layout.blocks
             read = written = step + layout.nbytes / steps
             noted = (steps - 1) * step
         found.append(Item(layout.nbytes, read, written, beside_bytes=beside, noted_bytes=noted))

@@ -80,7 +80,7 @@ class DeviceRefresher:
             outcome = Refreshed(list(fresh), [], 0.0, pending)
             name = f"refresh of {unit_of(tile)} at step {version} on {chunk.extent.device}"
             job = Job.finished(outcome, name=name)
-            flights.append((unit_of(tile), Flight(version, lands, job, passed.query)))
+            flights.append((unit_of(tile), Flight(version, lands, job, passed=passed.query)))
         return flights
 
     def _side(self, device: torch.device) -> Side:
@@ -92,8 +92,9 @@ class DeviceRefresher:
 
 def _snapshots(chunk: Chunk, tiles: Sequence[Tile], *, copy_bases: bool) -> Pairs:
     """Factors of now, and bases, of these tiles; on the device, nothing travels."""
-    cells = chunk.extent.cells
-    factors = [cells[Life.SUM].window(tile.start, tile.stop) for tile in tiles]
+    extent, cells = chunk.extent, chunk.extent.cells
+    places = [extent.place(tile.start, tile.stop, Life.SUM) for tile in tiles]
+    factors = [cells[Life.SUM].window(*place) for place in places]
     bases = [cells[Life.BASIS].window(tile.start, tile.stop) for tile in tiles]
     own = bases[0]
     if len(tiles) > 1 or copy_bases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,16 +15,20 @@ from asteria.linalg.precision import without_autocast
 from asteria.refresh.pool import Executor, WorkerPool
 from asteria.refresh.threads import free_cores
 from asteria.runtime.admission import Extents, admit, check_room, discard
+from asteria.runtime.answers import Answers
 from asteria.runtime.background import BackgroundRefresher
 from asteria.runtime.chunks import Update, chunks
 from asteria.runtime.extents import Extent
 from asteria.runtime.foresight import Foresight
 from asteria.runtime.governor import Governor
-from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error, surely_finite
+from asteria.runtime.guard import DeviceGuard, bad_names, nonfinite_error, surely_finite
+from asteria.runtime.inside import InsideRefresher
+from asteria.runtime.peers import Member, Peers
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.residence import Residence
+from asteria.runtime.results import Exchange
 from asteria.runtime.shadows import show_flights
-from asteria.runtime.sharded import ShardedParameters
+from asteria.runtime.sharded import ShardedParameters, Together
 from asteria.runtime.show import show
 from asteria.runtime.stepper import Stepper
 from asteria.runtime.summary import summarize
@@ -46,6 +50,7 @@ class Engine:
         executor: Executor | None = None,
         clock: Callable[[], float] = time.perf_counter,
         residence: Residence | None = None,
+        peers: Peers | None = None,
     ) -> None:
         """``executor`` does asynchronous refreshes, by default worker threads; ``clock`` in s.
 
@@ -62,14 +67,16 @@ class Engine:
         self._units = Units(self._counters, max_failures=config.max_failures)
         self._sharded = ShardedParameters(config.start)
         self._verdicts = Verdicts(self._counters, self._units)
+        self._peers = peers or Peers(config)
+        exchange = Exchange(self._peers)
+        known = config, self._counters, self._units, self._verdicts
+        watch = clock, self._trace
         self._background: BackgroundRefresher | None = None
         jobs = 0
         # Without staleness the step would wait for every result at once.
         if config.refresh == "async" and config.staleness > 0:
             executor = executor or WorkerPool(config.workers or free_cores(_training_threads()))
-            self._background = BackgroundRefresher(
-                config, self._counters, self._units, self._verdicts, executor, clock, self._trace
-            )
+            self._background = BackgroundRefresher(*known, executor, clock, self._trace, exchange)
             jobs = executor.size
         self._governor = Governor(config, self._units, jobs=jobs)
         self._residence = residence or Residence(config, refreshes=jobs)
@@ -77,44 +84,49 @@ class Engine:
         self._tenancy = self._residence.promises.tenancy()
         weakref.finalize(self._tenancy, self._residence.abandon).atexit = False
         self._foresight = Foresight()
-        self._stepper = Stepper(
-            config,
-            self._counters,
-            self._units,
-            self._verdicts,
-            self._background,
-            self._governor,
-            clock,
-            self._trace,
-        )
+        inside = InsideRefresher(*known, exchange)
+        self._stepper = Stepper(*known[:3], inside, self._background, self._governor, *watch)
+
+    def _meet(self, members: Callable[[], Iterable[Member]]) -> None:
+        self._peers.join(members, Answers(self._extents, self._residence.lock))
+        self._residence.sharers = self._peers.neighbours
 
     def admit(
         self,
         records: list[ParameterRecord],
         saved: Mapping[ParameterRecord, Mapping[str, Tensor]] | None = None,
+        members: Callable[[], Iterable[Member]] = tuple,
     ) -> None:
-        """Make state for new records, from what was saved of them if anything was."""
-        records, saved = self._sharded.admit(records, saved or {}, self.discard)
+        """Make state for new records, from what was ``saved`` of them if anything was.
+
+        ``members()`` are all parameters of the optimizer, known to the ranks that train the same.
+        Raises ConfigError where they train something else, and CoherenceError where they do not
+        come to do this too.
+        """
+        given = {record: values for record, values in (saved or {}).items() if values}
+        self._meet(members)
+        records, saved = self._sharded.admit(records, given, self.discard)
         self._residence.promises.keep()
-        self._residence.promises.with_room(
-            lambda: admit(records, saved, self._extents, self._residence)
-        )
+        with self._residence.lock:
+            elsewhere = self._peers.elsewhere
+            self._residence.promises.with_room(
+                lambda: admit(records, saved, self._extents, self._residence, elsewhere)
+            )
         self._foresight.watch(self._all())
         here = {tile.record for extent in self._all() for tile in extent.tiles}
         self._units.admit(here | self._sharded.elsewhere)
-        if self._background is not None:
-            self._background.admit([record for record in records if record.is_here])
-            for record, values in saved.items():
-                if record.is_here:
-                    self._background.restore(record, values)
-        else:
-            for record in filter(lambda record: record.is_here, records):
-                show_flights(record, None, staleness_steps=0)
+        _take_up([record for record in records if record.is_here], saved, self._background)
         self._sharded.show(records)
 
-    def check_room(self, records: list[ParameterRecord]) -> None:
-        """Raise StoreFullError unless there is room for the state of ``records``, if alone."""
-        check_room([record for record in records if record.is_here], self._residence)
+    def check_room(
+        self, records: list[ParameterRecord], members: Callable[[], Iterable[Member]] = tuple
+    ) -> None:
+        """Raise StoreFullError unless there is room for the state of ``records``, if alone.
+
+        ``members`` as in `admit`.
+        """
+        self._meet(members)
+        check_room([r for r in records if r.is_here], self._residence, self._peers.elsewhere)
 
     def discard(self, records: list[ParameterRecord]) -> None:
         """Drop the state of records."""
@@ -124,7 +136,8 @@ class Engine:
         self._governor.forget(records)
         self._verdicts.forget(records)
         self._units.discard(records)
-        discard(records, self._extents, self._residence)
+        with self._residence.lock:
+            discard(records, self._extents, self._residence, self._peers.elsewhere)
         self._foresight.forget(records)
         self._stepper.forget(records)
         self._sharded.forget(records)
@@ -139,7 +152,9 @@ class Engine:
 
     def begin_step(self, groups: list[dict[str, Any]]) -> None:
         """A step begins; decide what is left to us in ``groups``, which are changed in place."""
-        self._governor.begin_step(groups, self._clock())
+        self._governor.begin_step(
+            groups, self._clock(), shared=self._peers.expected or self._sharded.exist
+        )
 
     def settle(self) -> None:
         """Wait for the device's word on every step, so that the counters are right.
@@ -157,44 +172,41 @@ class Engine:
             self._background,
             self._governor,
             self._residence,
+            self._peers,
+            self._all(),
         )
 
     def accepts(
-        self, names: list[str], gradients: list[Tensor], *, ready: bool
+        self,
+        names: list[str],
+        gradients: list[Tensor],
+        *,
+        ready: bool,
+        together: Together | None = None,
     ) -> tuple[bool, Tensor | None]:
         """Look at a step's gradients, before anything is changed: (whether to step, gate).
 
         On the host, or with ``ready`` False (state is yet to be made, which waits for the device
         anyway), a non-finite gradient is found now; else a gate comes back that closes on the
         device, and the report follows at a later step. Raises NonFiniteGradientError if the
-        configuration asks for it.
+        configuration asks for it. What is decided ``together`` is the same on all ranks.
         """
         self._counters.steps += 1
-        self._collect_verdicts(wait=False)
+        # With others all must learn of a refused step at the same one. Waiting for the latest one
+        # lets the host be a step ahead of the device, no more.
+        self._collect_verdicts(wait=self._peers.expected or together is not None)
         on_host = all(gradient.is_cpu for gradient in gradients)
-        if on_host and surely_finite(gradients):
+        fine = on_host and surely_finite(gradients)
+        if fine and together is None:
             return True, None
         if ready and not on_host:
-            return True, self._guard.gate(gradients, names)
-        names, flags = finite_flags(names, gradients)
-        bad = [name for name, ok in zip(names, flags.tolist(), strict=True) if not ok]
+            return True, self._guard.gate(gradients, names, together)
+        bad = [] if fine else bad_names(names, gradients)
+        if together is not None:
+            bad = together.agree(bad)
         if bad:
             self._count_skips([bad])
         return not bad, None
-
-    def accepts_together(
-        self, records: list[ParameterRecord], *, parameters: int, ready: bool
-    ) -> tuple[bool, Tensor | None]:
-        """The same where some of ``records`` are sharded: all ranks come to the same decision.
-
-        ``parameters``: how many the optimizer has. Raises CoherenceError, too.
-        """
-        self._counters.steps += 1
-        self._collect_verdicts(wait=True)  # so that all learn of a refusal at the same step
-        bad, gate = self._sharded.judge(records, self._guard, parameters=parameters, ready=ready)
-        if bad:
-            self._count_skips([bad])
-        return not bad, gate
 
     def _collect_verdicts(self, *, wait: bool) -> None:
         self._verdicts.collect(wait=wait)
@@ -211,16 +223,22 @@ class Engine:
 
         Raises RefreshError, or what a worker raised, before anything is changed. A StoreError comes
         in the middle: every parameter is then as before the step or as after it, and the
-        next call completes the step for the others. CoherenceError, if another rank has failed,
-        comes at its end, and the next call completes it, too.
+        next call completes the step for the others. So may a CoherenceError, where another rank
+        does not deliver what it has computed in this step, or has failed: the next call goes on.
         """
-        self._sharded.wholes.step(updates, gate, self._step, self._ended)
+
+        def own() -> None:
+            with self._residence.lock:
+                self._step(updates, gate)
+
+        self._sharded.wholes.step(updates, gate, own, self._ended)
 
     def _step(self, updates: Mapping[ParameterRecord, Update], gate: Tensor | None) -> None:
         start = self._clock()
         self._residence.promises.keep()
         self._units.report()
-        self._relieve()
+        _relieve(self._all(), self._residence, self._foresight)
+        self._stepper.finish()
         if self._background is not None:
             self._background.collect(updates, self._governor)
         begin, counters = self._clock(), self._counters
@@ -230,16 +248,10 @@ class Engine:
             undos.append(self._background.launcher.begin_step())
         moved: list[ParameterRecord] = []
         if gate is not None:
-
-            def undo() -> None:
-                _count_updates(moved, -1)
-                for undo_part in undos:
-                    undo_part()
-
-            self._guard.on_refusal(undo)
-        self._sharded.wholes.arrive()
+            self._guard.on_refusal(_undo(moved, undos))
         with without_autocast(record.device for record in updates):
             self._residence.promises.with_room(lambda: self._take(updates, gate, moved))
+            self._stepper.finish()
         end = self._clock()
         counters.update_s += end - begin - (counters.install_s + counters.refresh_s - before_s)
         if self._trace is not None:
@@ -276,23 +288,49 @@ class Engine:
     def _all(self) -> list[Extent]:
         return [extent for cut in self._extents.values() for extent in cut]
 
-    def _relieve(self) -> None:
-        """Move state to a lower tier where memory is short."""
-        extents = self._all()
-        moved = True  # some of it, if it raises
-        try:
-            moved = self._residence.relieve(extents)
-        finally:
-            if moved:
-                show(extents, self._residence.promises)
-                self._foresight.watch(extents)
-
 
 def _count_updates(records: list[ParameterRecord], change: int) -> None:
     for record in records:
         record.steps += change
     if records:
         torch._foreach_add_([record.entries["step"] for record in records], change)
+
+
+def _undo(moved: list[ParameterRecord], parts: list[Callable[[], None]]) -> Callable[[], None]:
+    """What takes back the host's part of a step that the device has refused."""
+
+    def undo() -> None:
+        _count_updates(moved, -1)
+        for undo_part in parts:
+            undo_part()
+
+    return undo
+
+
+def _take_up(
+    records: Iterable[ParameterRecord],
+    saved: Mapping[ParameterRecord, Mapping[str, Tensor]],
+    background: BackgroundRefresher | None,
+) -> None:
+    """Prepare for refreshes of these records, and go on with those that were saved."""
+    for record in records:
+        if background is None:
+            show_flights(record, None, staleness_steps=0)
+            continue
+        background.admit([record])
+        if record in saved:
+            background.restore(record, saved[record])
+
+
+def _relieve(extents: list[Extent], residence: Residence, foresight: Foresight) -> None:
+    """Move state to a lower tier where memory is short."""
+    moved = True  # some of it, if it raises
+    try:
+        moved = residence.relieve(extents)
+    finally:
+        if moved:
+            show(extents, residence.promises)
+            foresight.watch(extents)
 
 
 def _training_threads() -> int:

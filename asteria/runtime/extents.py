@@ -68,15 +68,19 @@ def cut_blocks(parts: Sequence[tuple[T, int]], most_blocks: int) -> Iterator[lis
 
 
 def layouts(
-    rule: Algorithm, shape: BlockShape, blocks: int, dtype: torch.dtype
+    rule: Algorithm, shape: BlockShape, blocks: int, dtype: torch.dtype, kept: int | None = None
 ) -> dict[Life, Layout]:
-    """How the state of so many blocks lies in memory, for each life that a field of it has."""
-    fields = rule.fields(shape)
-    return {
-        life: Layout([spec for spec in fields if spec.life is life], blocks, dtype)
-        for life in Life
-        if any(spec.life is life for spec in fields)
-    }
+    """How the state of so many blocks lies in memory, for each life that a field of it has.
+
+    Of the factors there are ``kept`` blocks here, by default all; other ranks keep the rest.
+    """
+    fields, found = rule.fields(shape), {}
+    for life in Life:
+        own = [spec for spec in fields if spec.life is life]
+        count = blocks if kept is None or life is not Life.SUM else kept
+        if own and count:
+            found[life] = Layout(own, count, dtype)
+    return found
 
 
 @dataclass(slots=True, eq=False)
@@ -93,6 +97,11 @@ class Extent:
     """Whether all of the state stays on the device, so that nothing has to be acquired."""
     _windows: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
     """Views that the last steps used while the extent is resident."""
+    _keeps_all: bool = True
+    """Whether no factor is with another rank."""
+
+    def __post_init__(self) -> None:
+        self._keeps_all = all(tile.kept for tile in self.tiles)
 
     @property
     def rule(self) -> Algorithm:
@@ -118,6 +127,33 @@ class Extent:
     def blocks(self) -> int:
         """Of all tiles."""
         return self.tiles[-1].stop
+
+    @property
+    def kept_blocks(self) -> int:
+        """Those whose factors are here: their cell has these and no others, in order."""
+        return self.place(0, self.blocks, Life.SUM)[1]
+
+    def place(self, start: int, stop: int, life: Life) -> tuple[int, int]:
+        """Where the blocks ``start`` to ``stop`` are in the cell of this life."""
+        if life is not Life.SUM or self._keeps_all:
+            return start, stop
+        before = [t for t in self.tiles if t.kept and t.start < stop]
+        last = sum(min(tile.stop, stop) - tile.start for tile in before)
+        return last - sum(r.stop - r.start for r in self.kept(start, stop)), last
+
+    def kept(self, start: int, stop: int) -> list[slice]:
+        """Which of the blocks ``start`` to ``stop`` have their factors here, counted from start."""
+        if self._keeps_all:
+            return [slice(0, stop - start)]
+        runs: list[slice] = []
+        for tile in self.tiles:
+            first, last = max(tile.start, start) - start, min(tile.stop, stop) - start
+            if not tile.kept or first >= last:
+                continue
+            if runs and runs[-1].stop == first:
+                first = runs.pop().start
+            runs.append(slice(first, last))
+        return runs
 
     @property
     def period(self) -> int:
@@ -193,7 +229,8 @@ class Extent:
     def window(self, start: int, stop: int, lives: Iterable[Life]) -> Mapping[str, Tensor]:
         """Views of the fields of blocks ``start`` to ``stop``, which are acquired.
 
-        Of a resident extent all fields, whatever the lives.
+        Of a resident extent all fields, whatever the lives. Factors are those of the blocks that
+        are `kept`.
         """
         if self.resident:
             place = (start, stop)
@@ -209,5 +246,5 @@ class Extent:
         found: dict[str, Tensor] = {}
         for life in lives:
             if life in self.cells:
-                found.update(self.cells[life].window(start, stop))
+                found.update(self.cells[life].window(*self.place(start, stop, life)))
         return found

@@ -82,5 +82,9 @@ class Foresight:
 
     def _prefetch(self) -> None:
         for door, cells in self._expected.items():
-            with current_stream(self._streams[door]):
-                door.prefetch(cells)
+            if door.lock.acquire(blocking=False):  # else another rank reads here, for a moment
+                try:
+                    with current_stream(self._streams[door]):
+                        door.prefetch(cells)
+                finally:
+                    door.lock.release()

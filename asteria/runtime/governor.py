@@ -6,8 +6,6 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-import torch.distributed
-
 from asteria.config.hyperparameters import Hyperparameters, check_group
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError
@@ -53,14 +51,16 @@ class Governor:
         self._warned = False
         self._waited_s = 0.0
 
-    def begin_step(self, groups: list[dict[str, Any]], now_s: float) -> None:
+    def begin_step(
+        self, groups: list[dict[str, Any]], now_s: float, *, shared: bool = False
+    ) -> None:
         """Look at what is known and decide what is due; groups are changed in place.
 
-        Raises ConfigError for what the clock would decide, where several processes train.
+        Raises ConfigError for what the clock would decide, where several processes share the work.
         """
         self.pace.begin_step(now_s)
         periods = [group["precondition_frequency"] for group in groups]
-        if _has_peers():
+        if shared:
             self._refuse_the_clock(periods)
             return
         parameters = sum(len(group["params"]) for group in groups)
@@ -75,15 +75,12 @@ class Governor:
         self._period = max([p for p in periods if p != "auto"], default=1)
 
     def _refuse_the_clock(self, periods: list[object]) -> None:
-        for asked, instead in (
-            ("auto" in periods and 'precondition_frequency="auto"', "give a number of steps"),
-            (self._config.install == "ready" and 'install="ready"', 'use install="scheduled"'),
-        ):
-            if asked:
-                raise ConfigError(
-                    f"{asked} was asked for, found {torch.distributed.get_world_size()} processes: "
-                    f"each would decide for itself, and their weights would drift apart; {instead}"
-                )
+        if "auto" in periods:
+            raise ConfigError(
+                'precondition_frequency="auto" was asked for, found other processes that train the '
+                "same parameters: each would decide for itself by its own clock, and their "
+                "weights would drift apart; give a number of steps"
+            )
 
     def affordable_period(self) -> int:
         """Smallest period that the host can sustain, 0 if not enough is known."""
@@ -147,9 +144,3 @@ class Governor:
                 f"not finish in {self._config.staleness} steps. {advice}; more workers or "
                 "refresh='sync' are other ways out. This is said once; see optimizer.stats()"
             )
-
-
-def _has_peers() -> bool:
-    """Whether other processes train the same model."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1

@@ -12,11 +12,11 @@ from asteria.linalg.method import Method
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.chunks import Chunk
 from asteria.runtime.pending import Pending
-from asteria.runtime.records import Tile
+from asteria.runtime.records import Tile, TilePlan
 from asteria.runtime.snapshots import Snapshots, take_snapshots, way_back
 from asteria.runtime.transfer import Link, Result
 
-__all__ = ["Refreshed", "host_work"]
+__all__ = ["Refreshed", "host_work", "nothing_new"]
 
 
 @dataclass(slots=True)
@@ -31,6 +31,14 @@ class Refreshed:
     """How far the columns have turned: 1 - cos^2 of the angle, mean over all columns, 0 to 1."""
     pending: Pending | None = None
     """What the device knows of it and the host does not; then ``turned`` is 0, without failures."""
+
+    def known(self) -> Refreshed:
+        """The same once the host knows all of it; waits for the device. For a worker thread."""
+        if self.pending is None:
+            return self
+        flags = self.pending.report().read(wait=True)
+        failures = [] if flags is None else [_failed(mine) for mine in flags.unbind(1)]
+        return Refreshed(self.bases, failures, self.turned)
 
     def join(self) -> None:
         """Let the device's next work, which uses the bases, come after what computes them."""
@@ -48,17 +56,38 @@ class Refreshed:
         return [reason for found in self.failures for reason in found.kept.values()]
 
 
+def _failed(usable: Tensor) -> Failures:
+    return Failures(dict.fromkeys((~usable).nonzero().flatten().tolist(), "no basis on the device"))
+
+
+def nothing_new(plan: TilePlan, reason: str) -> Refreshed:
+    """A refresh that has left every basis of a tile as it was; any thread."""
+    kept = dict.fromkeys(range(plan.blocks), reason)
+    empty = torch.empty(plan.blocks, 0, 0, device="cpu")
+    factored = plan.shape.factored
+    failures = [Failures(dict(kept)) for has_basis in factored if has_basis]
+    return Refreshed([empty if has_basis else None for has_basis in factored], failures, 0.0)
+
+
 def host_work(
-    chunk: Chunk, tile: Tile, link: Link, *, copy_bases: bool, method: Method
+    chunk: Chunk,
+    tile: Tile,
+    link: Link,
+    *,
+    copy_bases: bool,
+    method: Method,
+    in_memory: bool = False,
 ) -> Callable[[], Refreshed]:
     """Work for a worker thread that refreshes every mode of a tile that has a factor.
 
     It starts from now, whatever happens to the chunk meanwhile; ``copy_bases`` as in
-    `take_snapshots`. It holds tensors and nothing else. For the training thread; never waits.
+    `take_snapshots`. It holds tensors and nothing else. With ``in_memory`` the result does not wait
+    on NVMe. For the training thread; never waits.
     """
     extent = chunk.extent
     snapshots = take_snapshots(extent, tile, link, copy_bases=copy_bases)
-    home, sort = way_back(extent, link), extent.rule.sorts_columns
+    home = link if in_memory else way_back(extent, link)
+    sort = extent.rule.sorts_columns
     return lambda: _refreshed(snapshots, home, method=method, sort=sort)
 
 

@@ -23,7 +23,7 @@ from asteria.runtime.units import Units, unit_of
 from asteria.runtime.verdicts import Verdicts
 from asteria.telemetry.counters import Counters
 
-__all__ = ["InlineRefresher"]
+__all__ = ["InlineRefresher", "block_parts"]
 
 
 class InlineRefresher:
@@ -48,10 +48,11 @@ class InlineRefresher:
                 basis.copy_(torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device))
                 continue
             on_host = self._is_on_host(factor)
-            for blocks in _parts(state):
+            for blocks in block_parts(state):
                 fresh = eigh_basis(factor[blocks].cpu() if on_host else factor[blocks])
                 basis[blocks].copy_(fresh.basis)
                 self._counters.refreshes += len(fresh.basis)
+                self._counters.refresh_cost += len(fresh.basis) * float(basis.shape[-1]) ** 3
                 self._counters.installs += len(fresh.basis)
                 bad = (~fresh.usable).nonzero().flatten().tolist()
                 failures.kept |= {blocks.start + block: "no first basis" for block in bad}
@@ -75,7 +76,7 @@ class InlineRefresher:
         rule = chunk.extent.rule
         modes = range(len(chunk.extent.shape.dims))
         found = _Found()
-        for blocks in _parts(state):
+        for blocks in block_parts(state):
             part = {name: tensor[blocks] for name, tensor in state.items()}
             fresh: list[Tensor | None] = [None for _ in modes]
             for mode in modes:
@@ -100,6 +101,7 @@ class InlineRefresher:
             before = unit.record.versions[unit.ordinal]
             bases = tile.plan.blocks * len(tile.plan.shape.factor_sizes())
             self._counters.refreshes += bases
+            self._counters.refresh_cost += tile.plan.refresh_cost
             self._counters.installs += bases - len(reasons)
             if len(reasons) < bases:
                 self._units.replaced(unit, step, last_use=step)
@@ -155,7 +157,7 @@ def _reasons(chunk: Chunk, tile: Tile, failures: list[Failures]) -> list[str]:
     return [reason for found in failures for block, reason in found.kept.items() if block in blocks]
 
 
-def _parts(state: BlockState) -> Iterator[slice]:
+def block_parts(state: BlockState) -> Iterator[slice]:
     """Cuts the blocks so that what is made of their largest factors stays within a chunk."""
     factors = [tensor for name, tensor in state.items() if name.startswith("factor_")]
     if factors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -12,13 +13,16 @@ from asteria.refresh.pipeline import Flight, Pipeline
 from asteria.refresh.schedule import is_due
 from asteria.runtime.chunks import Chunk
 from asteria.runtime.device_refresh import DeviceRefresher
-from asteria.runtime.host_refresh import Refreshed, host_work
+from asteria.runtime.host_refresh import Refreshed, host_work, nothing_new
 from asteria.runtime.records import Tile
+from asteria.runtime.results import Exchange
 from asteria.runtime.staging import Stager
 from asteria.runtime.units import Unit, Units, unit_of
 from asteria.telemetry.counters import Counters
 
 __all__ = ["Launcher"]
+
+_NO_MEMORY = "no memory on the device"
 
 
 class Launcher:
@@ -32,6 +36,7 @@ class Launcher:
         pipeline: Pipeline[Unit, Refreshed],
         stager: Stager,
         clock: Callable[[], float],
+        exchange: Exchange,
     ) -> None:
         """``clock`` tells seconds as `time.perf_counter`."""
         self._config = config
@@ -40,6 +45,9 @@ class Launcher:
         self._pipeline = pipeline
         self._stager = stager
         self._clock = clock
+        self._exchange = exchange
+        self.landing: Callable[[Unit], int] = lambda unit: 0
+        """How many flights of a unit land at this step."""
         self._devices = DeviceRefresher()
         self._first_launch_s: float | None = None
         self._launched: list[tuple[Unit, Flight[Refreshed]]] = []
@@ -53,6 +61,7 @@ class Launcher:
         def undo() -> None:
             for unit, flight in launched:
                 self._stager.drop(flight)
+                self._exchange.dropped(flight)
                 self._pipeline.cancel(unit, flight)
 
         return undo
@@ -65,7 +74,8 @@ class Launcher:
         unit, step = unit_of(tile), chunk.steps + 1
         period, latest = chunk.hyper.precondition_frequency, self._latest(unit)
         # However the schedule has changed, no more are in flight than a checkpoint has places for.
-        if self._pipeline.flights(unit) and step - latest < period:
+        aloft = len(self._pipeline.flights(unit)) - self.landing(unit)
+        if aloft and step - latest < period:
             return False
         phase = self._units[unit].phase
         return step > latest and is_due(step, period=period, phase=phase, version=latest)
@@ -100,40 +110,81 @@ class Launcher:
         return self._config.refresh_on == "device" and self._method(tile) != "eigh"
 
     def _launch_aside(self, chunk: Chunk, tiles: list[Tile], *, lands: int) -> None:
-        step, method = chunk.steps + 1, self._method(tiles[0])
-        copied = [tile for tile in tiles if self._may_be_replaced(tile, chunk)]
+        step = chunk.steps + 1
+        flights: dict[Unit, Flight[Refreshed]] = {}
+        mine = [tile for tile in tiles if self._exchange.owns(unit_of(tile))]
         try:
-            flights = self._devices.launch(
-                chunk,
-                tiles,
-                method=method,
-                version=step,
-                lands=lands,
-                copy_bases=bool(copied),
-            )
+            if mine:
+                flights = dict(self._begin_aside(chunk, mine, lands=lands))
         except torch.OutOfMemoryError:
-            for unit in map(unit_of, tiles):
-                self._units[unit].attempted = step
-                self._units.judge(unit, ["no memory on the device"])
-            return
-        for unit, flight in flights:
-            self._pipeline.add(unit, flight)
-            self._launched.append((unit, flight))
+            if not self._exchange.shares(chunk.tiles[0].record):
+                for unit in map(unit_of, mine):
+                    self._units[unit].attempted = step
+                    self._units.judge(unit, [_NO_MEMORY])
+                return
+        for tile in tiles:
+            unit = unit_of(tile)
+            if not self._exchange.owns(unit):
+                self._expect(chunk, unit, lands=lands)
+            elif self._exchange.shares(tile.record):
+                # Others must know what has become of it when they install it, so a worker waits.
+                work: Callable[[], Refreshed] = functools.partial(
+                    nothing_new, tile.plan, _NO_MEMORY
+                )
+                if unit in flights:
+                    work = flights[unit].job.outcome().known
+                self._submit(unit, step, work, lands=lands)
+            else:
+                self._add(unit, flights[unit])
+
+    def _begin_aside(
+        self, chunk: Chunk, tiles: list[Tile], *, lands: int
+    ) -> list[tuple[Unit, Flight[Refreshed]]]:
+        return self._devices.launch(
+            chunk,
+            tiles,
+            method=self._method(tiles[0]),
+            version=chunk.steps + 1,
+            lands=lands,
+            copy_bases=any(self._may_be_replaced(tile, chunk) for tile in tiles),
+        )
 
     def _launch(self, chunk: Chunk, tile: Tile, *, lands: int) -> None:
         step, unit = chunk.steps + 1, unit_of(tile)
+        if not self._exchange.owns(unit):
+            self._expect(chunk, unit, lands=lands)
+            return
         work = host_work(
             chunk,
             tile,
             self._stager.link(chunk.extent.device),
             copy_bases=self._may_be_replaced(tile, chunk),
             method=self._method(tile),
+            # What all ranks are to have, no disk may lose for one of them.
+            in_memory=self._exchange.shares(tile.record),
         )
         if self._first_launch_s is None:
             self._first_launch_s = self._clock()
+        self._submit(unit, step, work, lands=lands)
+
+    def _submit(self, unit: Unit, step: int, work: Callable[[], Refreshed], *, lands: int) -> None:
+        """Let a worker do it, and all ranks have what comes of it."""
         # Units count steps of their own; what is urgent is told by those of the optimizer.
         urgency = (self._counters.steps + lands - step, -self._units[unit].turned)
-        flight = self._pipeline.launch(unit, step, work, lands=lands, urgency=urgency)
+        number, then = self._exchange.own(unit, step)
+        flight = self._pipeline.launch(
+            unit, step, work, lands=lands, urgency=urgency, number=number, then=then
+        )
+        self._launched.append((unit, flight))
+
+    def _expect(self, chunk: Chunk, unit: Unit, *, lands: int) -> None:
+        """Another rank does it."""
+        step, link = chunk.steps + 1, self._stager.link(chunk.extent.device)
+        number, job = self._exchange.expect(unit, step, link)
+        self._add(unit, Flight(step, lands, job, number))
+
+    def _add(self, unit: Unit, flight: Flight[Refreshed]) -> None:
+        self._pipeline.add(unit, flight)
         self._launched.append((unit, flight))
 
     def _may_be_replaced(self, tile: Tile, chunk: Chunk) -> bool:

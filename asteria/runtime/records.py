@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from asteria.runtime.entries import Entries
 from asteria.runtime.sharding import Sharding, stepped_shape
 from asteria.store.layout import FieldSpec, Life
 
-__all__ = ["ParameterRecord", "Route", "Tile", "TilePlan", "is_rebuilt", "state_dtype"]
+__all__ = ["Fetch", "ParameterRecord", "Route", "Tile", "TilePlan", "is_rebuilt", "state_dtype"]
 
 
 def is_rebuilt(key: str) -> bool:
@@ -108,6 +109,10 @@ class Route:
         )
 
 
+Fetch: TypeAlias = Callable[[str], Tensor]
+"""Asks whoever keeps a tile's factors for one of them, (blocks, n, n), by the field's name."""
+
+
 @dataclass(slots=True, eq=False)
 class Tile:
     """A tile plan with its place: blocks ``start`` to ``stop`` of its extent."""
@@ -116,6 +121,13 @@ class Tile:
     plan: TilePlan
     start: int
     stop: int
+    elsewhere: Fetch | None = None
+    """Where its factors are, if another rank keeps them."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether its factors are kept here."""
+        return self.elsewhere is None
 
 
 class _Referable:
@@ -211,12 +223,16 @@ class ParameterRecord(_Referable):
         return self.sharding.gradient if self.sharding.exact else self.sharding.local_gradient
 
     @property
-    def local_gradient(self) -> Tensor | None:
-        """What this process has of it, of the shape of ``weight``."""
+    def seen_gradient(self) -> Tensor | None:
+        """What this process has of it when a step begins: of the shape of ``weight``.
+
+        In place of an empty one, of which other ranks may have more, a single zero.
+        """
         gradient = self.parameter.grad
         if self.sharding is None or gradient is None:
             return gradient
-        return self.sharding.take_gradient(gradient)
+        gradient = self.sharding.take_gradient(gradient)
+        return gradient if gradient.numel() else gradient.new_zeros(1)
 
     @property
     def has_moments(self) -> bool:

@@ -17,7 +17,7 @@ from asteria.runtime.extents import Extent
 from asteria.runtime.promises import Promises
 from asteria.store.buffers import Buffers, device_memory, host_memory, pinned_memory
 from asteria.store.cell import Home
-from asteria.store.courier import DeviceCourier, HostCourier
+from asteria.store.courier import Courier, DeviceCourier, HostCourier
 from asteria.store.door import Door
 from asteria.store.lane import DeviceLane, Lane
 from asteria.store.nvme import NvmeTier
@@ -66,6 +66,9 @@ class Residence:
         self._nvme: Tier | None = None
         self._nvme_peak_bytes = 0
         self._working_bytes = 0
+        self.lock = threading.RLock()  # of all doors: one thread at a time uses the state
+        self.sharers = 1
+        """Processes that share this machine's memory and disk, each with as much state."""
         self.traffic = Traffic()
         self.promises = Promises()
         if config.nvme_path is not None:
@@ -76,14 +79,13 @@ class Residence:
         """To the memory that ``device`` computes in."""
         door = self._doors.get(device)
         if door is None:
+            courier: Courier
             if device.type == "cpu" and self._is_host(device):
-                near = self._host
-                door = Door(near, HostCourier(self._tier, self.traffic), self.traffic)
+                near, courier = self._host, HostCourier(self._tier, self.traffic)
             else:
                 near = Buffers(device_memory(device))
-                lane = self._lane(device)
-                courier = DeviceCourier(lane, self._pinned, self._tier, self.traffic)
-                door = Door(near, courier, self.traffic)
+                courier = DeviceCourier(self._lane(device), self._pinned, self._tier, self.traffic)
+            door = Door(near, courier, self.traffic, lock=self.lock)
             self._near[device], self._doors[device] = near, door
         return door
 
@@ -147,7 +149,7 @@ class Residence:
         return places
 
     def _items(self, extent: Extent) -> list[Item]:
-        return items(extent.key, extent.blocks, extent.period, self._config)
+        return items(extent.key, extent.blocks, extent.period, self._config, extent.kept_blocks)
 
     def _budgets(self, device: torch.device, host_bytes: int = 0, nvme_bytes: int = 0) -> Budgets:
         """What there is for all state on ``device`` and below, less what others got of it."""
@@ -155,7 +157,7 @@ class Residence:
         free = None
         if disk or not shared:  # else nothing could move, and an allocation would tell
             used = self._pinned.used_bytes + self._host.used_bytes
-            free = max(0, used + host_free_bytes() - reserve_bytes())
+            free = max(0, used + (host_free_bytes() - reserve_bytes()) // self.sharers)
         near = None
         if not shared:
             used = self._near[device].used_bytes

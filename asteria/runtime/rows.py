@@ -16,7 +16,6 @@ from asteria.algorithms.algorithm import Algorithm, BlockShape, BlockState, Pair
 from asteria.runtime import extents
 from asteria.runtime.chunks import Chunk
 from asteria.runtime.extents import ExtentKey
-from asteria.runtime.records import Tile
 
 __all__ = ["Rows", "parts_of", "rotate_", "rows_at_a_time", "state_of"]
 
@@ -57,7 +56,7 @@ def parts_of(chunk: Chunk) -> list[tuple[Chunk, Rows]]:
         stop = min(start + step, rows)
         shape = BlockShape((stop - start, columns), chunk.shape.factored)
         part = dataclasses.replace(plan, shape=shape, slices=(slice(start, stop),))
-        own = Tile(tile.record, part, tile.start, tile.stop)
+        own = dataclasses.replace(tile, plan=part)
         parts.append((dataclasses.replace(chunk, tiles=[own]), slice(start, stop)))
     return parts
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from asteria.runtime.extents import Extent
 from asteria.runtime.promises import Promises
-from asteria.runtime.records import ParameterRecord
+from asteria.runtime.records import ParameterRecord, Tile
+from asteria.runtime.scattered import Scattered
 from asteria.store.cell import Home
 from asteria.store.distant import Source
 from asteria.store.layout import Life
@@ -23,8 +24,15 @@ class _Part(NamedTuple):
     """Neighbouring blocks of one parameter in one extent."""
 
     extent: Extent
-    start: int
-    stop: int
+    tiles: list[Tile]
+
+    @property
+    def start(self) -> int:
+        return self.tiles[0].start
+
+    @property
+    def stop(self) -> int:
+        return self.tiles[-1].stop
 
 
 def show(extents: Iterable[Extent], promises: Promises | None = None) -> None:
@@ -40,16 +48,21 @@ def show(extents: Iterable[Extent], promises: Promises | None = None) -> None:
             suffix, _, _ = tile.record.route.place_of(tile.plan)
             mine = parts.setdefault(tile.record, {}).setdefault(suffix, [])
             if mine and mine[-1].extent is extent and mine[-1].stop == tile.start:
-                mine[-1] = mine[-1]._replace(stop=tile.stop)
+                mine[-1].tiles.append(tile)
             else:
-                mine.append(_Part(extent, tile.start, tile.stop))
+                mine.append(_Part(extent, [tile]))
     for record, by_suffix in parts.items():
         shapes = record.route.entry_shapes(record.shape)
         for suffix, mine in by_suffix.items():
-            for life, cell in mine[0].extent.cells.items():
-                for spec in cell.layout.fields:
-                    key = spec.name + suffix
-                    _show(record, (spec.name, suffix), mine, life, shapes[key], promises)
+            tiles = [(part.extent, tile) for part in mine for tile in part.tiles]
+            scattered = not all(tile.kept for _, tile in tiles)
+            for spec in mine[0].extent.rule.fields(mine[0].extent.shape):
+                key, shape = spec.name + suffix, shapes[spec.name + suffix]
+                if scattered and spec.life is Life.SUM:
+                    factor = Scattered(spec.name, tiles, shape)
+                    record.entries.put_away(key, factor.read, factor.promise)
+                else:
+                    _show(record, (spec.name, suffix), mine, spec.life, shape, promises)
         record.shown = tuple(
             (key, None if record.entries.is_away(key) else record.entries[key]) for key in shapes
         )
@@ -73,7 +86,8 @@ def _show(
         parts[0].extent.acquire([life])
         parts[0].extent.release([life], dirty=[])
     cell.shown = True
-    record.entries[name + suffix] = cell.window(parts[0].start, parts[0].stop)[name].view(shape)
+    place = parts[0].extent.place(parts[0].start, parts[0].stop, life)
+    record.entries[name + suffix] = cell.window(*place)[name].view(shape)
 
 
 class _Elsewhere:
@@ -92,27 +106,34 @@ class _Elsewhere:
         self._life = life
         self._shape = shape
         self._promises = promises
+        self._lock = parts[0].extent.door.lock
 
     def read(self) -> Tensor:
         """The values of now, in memory of their own."""
         values = []
-        for part in self._settled():
-            fields = part.extent.door.read(part.extent.cells[self._life])
-            values.append(fields[self._name][part.start : part.stop].to(self._device))
+        with self._lock:
+            for part in self._settled():
+                fields = part.extent.door.read(part.extent.cells[self._life])
+                start, stop = part.extent.place(part.start, part.stop, self._life)
+                values.append(fields[self._name][start:stop].to(self._device))
         # In memory of its own: who saves a view saves all that it is a view of.
         whole = values[0].clone() if len(values) == 1 else torch.cat(values)
         return whole.reshape(self._shape)
 
     def promise(self) -> Tensor:
         """A tensor that reads the values of now when they are needed."""
+        with self._lock:
+            return self._promised()
+
+    def _promised(self) -> Tensor:
         promises, dtype = self._promises, self._parts[0].extent.dtype
         sources: list[Source] = []
         for part in self._settled():
             cell = part.extent.cells[self._life]
             lease = part.extent.door.stored(cell)
             if lease is not None:
-                place = (self._name, part.start, part.stop)
-                sources.append(promises.field(lease, cell.layout, *place))
+                place = part.extent.place(part.start, part.stop, self._life)
+                sources.append(promises.field(lease, cell.layout, self._name, *place))
             elif cell.is_blank:
                 shape = cell.layout.shape_of(self._name)
                 sources.append(ZeroSource((part.stop - part.start, *shape), dtype))

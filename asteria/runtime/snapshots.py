@@ -50,13 +50,13 @@ class _Stored:
 
 
 class _StoredSnapshot:
-    def __init__(self, stored: _Stored, name: str, tile: Tile) -> None:
+    def __init__(self, stored: _Stored, name: str, place: tuple[int, int]) -> None:
         self._stored = stored
         self._name = name
-        self._tile = (tile.start, tile.stop)
+        self._place = place
 
     def on_host(self) -> Tensor:
-        return self._stored.field(self._name, *self._tile)
+        return self._stored.field(self._name, *self._place)
 
 
 def take_snapshots(extent: Extent, tile: Tile, link: Link, *, copy_bases: bool) -> Snapshots:
@@ -73,11 +73,11 @@ def take_snapshots(extent: Extent, tile: Tile, link: Link, *, copy_bases: bool) 
     }
 
     def snapshot(life: Life, name: str, *, copy: bool) -> Snapshot:
-        stored = sources[life]
+        stored, place = sources[life], extent.place(tile.start, tile.stop, life)
         if stored is not None:
-            return _StoredSnapshot(stored, name, tile)
+            return _StoredSnapshot(stored, name, place)
         cell = extent.cells[life]
-        field = cell.window(tile.start, tile.stop)[name]
+        field = cell.window(*place)[name]
         # What is on its way home is reused then; what is at home may be sent away.
         cell.shown |= not copy
         return link.snapshot(field, copy=copy or cell.home is not Home.DEVICE)

@@ -17,11 +17,10 @@ from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.claims import ledger_steps
 from asteria.runtime.governor import Governor
 from asteria.runtime.guard import gate_on
-from asteria.runtime.inline import InlineRefresher
+from asteria.runtime.inside import InsideRefresher
 from asteria.runtime.records import ParameterRecord, Tile
 from asteria.runtime.units import Unit, Units, unit_of
 from asteria.runtime.updater import Updater, moves
-from asteria.runtime.verdicts import Verdicts
 from asteria.store.cell import Cell
 from asteria.store.layout import Life
 from asteria.telemetry.counters import Counters
@@ -41,7 +40,7 @@ class Stepper:
         config: RuntimeConfig,
         counters: Counters,
         units: Units,
-        verdicts: Verdicts,
+        inside: InsideRefresher,
         background: BackgroundRefresher | None,
         governor: Governor,
         clock: Callable[[], float],
@@ -50,7 +49,7 @@ class Stepper:
         self._config = config
         self._counters = counters
         self._units = units
-        self._inline = InlineRefresher(config, counters, units, verdicts)
+        self._inside = inside
         self._background = background
         self._governor = governor
         self._clock = clock
@@ -66,7 +65,9 @@ class Stepper:
 
     def forget(self, records: Iterable[ParameterRecord]) -> None:
         """These have no state any more."""
-        for record in records:
+        gone = set(records)
+        self._inside.forget(gone)
+        for record in gone:
             self._done.pop(record, None)
 
     def step(
@@ -113,8 +114,9 @@ class Stepper:
                 changed.update(_MOVED)
             if not chunk.begun:
                 self._begin_(chunk, lives, gate)
+            refreshes = self._refreshes(chunk)
             changed.update(self._updater.update_(chunk, lives, updates, gate))
-            if Life.SUM in lives and moves(self._config.start, chunk):
+            if refreshes:
                 prompt = self._refresh_(chunk, gate, changed)
             if prompt is not None:
                 self._asynchronous.launcher.launch_held(chunk, prompt=prompt)
@@ -129,6 +131,16 @@ class Stepper:
             extent.release(lives, changed)
         if prompt is not None:
             self._asynchronous.launcher.launch_due(chunk, prompt=prompt)
+
+    def finish(self) -> None:
+        """Install the bases that this step or the one before it has computed with other ranks.
+
+        Raises CoherenceError where a rank does not deliver, and StoreError; the next call goes on.
+        Raises what a computation raised, for which the basis in use stays.
+        """
+        start = self._clock()
+        self._inside.finish(self._updater.pair)
+        self._counters.refresh_s += self._clock() - start
 
     def cells(self, chunk: Chunk) -> list[Cell]:
         """What the chunk's next step is going to acquire, in order."""
@@ -149,6 +161,15 @@ class Stepper:
             most = ledger_steps(extent.key, extent.period)
             if len(extent.ledger) + 1 >= most:
                 return True
+        return self._refreshes(chunk)
+
+    def _refreshes(self, chunk: Chunk) -> bool:
+        """Whether the chunk is refreshed after the update, at once or by a launch.
+
+        The same on all ranks, be the factors elsewhere.
+        """
+        if not (chunk.extent.rule.has_bases and moves(self._config.start, chunk)):
+            return False
         if self._refreshes_now(chunk):
             return True
         return self._background is not None and self._background.launcher.launches(chunk)
@@ -186,7 +207,7 @@ class Stepper:
         """First statistics and bases."""
         self._updater.begin_(chunk, lives, gate)
         start = self._clock()
-        self._inline.begin_(chunk, chunk.state(lives))
+        self._inside.begin_(chunk, lives, self._updater.pair)
         if chunk.has_moments:
             self._updater.project_(chunk, lives)
         end = self._clock()
@@ -219,8 +240,7 @@ class Stepper:
         method = chosen_method(config.refresh_method, start=config.start, first=first)
         gate = gate_on(gate, chunk.extent.device, chunk.extent.dtype)
         bound = _bound(self._config.start, chunk.hyper)
-        pair = self._updater.pair(chunk)
-        self._inline.refresh_(chunk, chunk.state(), pair, gate, method=method, bound=bound)
+        self._inside.refresh_(chunk, self._updater.pair, gate, method=method, bound=bound)
         end = self._clock()
         self._counters.refresh_s += end - start
         self._round_s += end - start

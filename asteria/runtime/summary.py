@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from asteria.runtime.background import BackgroundRefresher
+from asteria.runtime.extents import Extent
 from asteria.runtime.governor import Governor
+from asteria.runtime.peers import Peers
 from asteria.runtime.residence import Residence
 from asteria.runtime.units import Units
+from asteria.store.layout import Life
 from asteria.telemetry.counters import Counters, Stats
 
 __all__ = ["summarize"]
@@ -19,6 +23,8 @@ def summarize(
     background: BackgroundRefresher | None,
     governor: Governor,
     residence: Residence,
+    peers: Peers,
+    extents: Iterable[Extent],
 ) -> Stats:
     """What was done so far, as far as devices have told."""
     failures = dict(counted.failures)
@@ -27,6 +33,8 @@ def summarize(
         steps=counted.steps,
         skipped_steps=counted.skipped_steps,
         refreshes=counted.refreshes,
+        refresh_cost=counted.refresh_cost,
+        factor_bytes=sum(cell.nbytes for extent in extents for cell in extent.cells_of([Life.SUM])),
         installs=counted.installs,
         failed_refreshes=sum(failures.values()),
         failures=failures,
@@ -47,4 +55,5 @@ def summarize(
         tier_bytes=residence.bytes_at,
         tier_peak_bytes=residence.peak_bytes_at,
         traffic=replace(residence.traffic),
+        network=peers.network(),
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from asteria.algorithms.adam import largest_ratio
-from asteria.algorithms.algorithm import Algorithm, BlockState, Pair, fold_
+from asteria.algorithms.algorithm import Algorithm, BlockState, Contribution, Pair, fold_
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.linalg.scratch import Scratch
 from asteria.runtime.chunks import Chunk, Update
@@ -46,7 +46,10 @@ class Updater:
             own = state_of(state, rows, chunk.shape)
             gradient = gather(part, self._scratch, gate)
             if number == 0:
-                chunk.extent.rule.begin_(own, gradient, chunk.hyper)
+                rule, beta = chunk.extent.rule, chunk.hyper.shampoo_beta
+                given = rule.first_contributions(own, gradient, chunk.hyper)
+                for contribution in _kept(part, given):
+                    fold_(own, contribution, beta, None)
             else:
                 self._accumulate_(part, own, gradient, None, first=False)
 
@@ -60,7 +63,10 @@ class Updater:
     def open(self, chunk: Chunk, ledger: Ledger) -> None:
         """Make room for what the step is going to add to factors that it has not acquired."""
         key = chunk.extent.key
-        layout = Layout([FieldSpec("x", key.shape.dims)], chunk.stop - chunk.start, key.dtype)
+        start, stop = chunk.extent.place(chunk.start, chunk.stop, Life.SUM)
+        if start == stop:
+            return
+        layout = Layout([FieldSpec("x", key.shape.dims)], stop - start, key.dtype)
         tensors = key.rule.contributed_tensors(key.shape)
         ledger.open(layout, tensors, chunk.extent.cells[Life.SUM].home)
 
@@ -121,11 +127,31 @@ class Updater:
         extent, beta = chunk.extent, chunk.hyper.shampoo_beta
         pair = self._pair(chunk)
         given = extent.rule.contributions(state, gradient, chunk.hyper, scratch=pair, gate=gate)
-        if noted is not None:
-            noted.note(given, (chunk.start, chunk.stop), beta=beta, gate=gate)
+        if noted is not None and chunk.kept:
+            place = extent.place(chunk.start, chunk.stop, Life.SUM)
+            noted.note(_kept(chunk, given), place, beta=beta, gate=gate)
             return
-        for contribution in given:
+        for contribution in _kept(chunk, given):
             fold_(state, contribution, beta if first else 1.0, gate)
+
+
+def _kept(chunk: Chunk, given: Iterable[Contribution]) -> Iterator[Contribution]:
+    """What is given to the factors that are kept here; all of it is made, as every rank makes it.
+
+    They take it together, be there gaps between their blocks.
+    """
+    runs, blocks = chunk.kept, chunk.stop - chunk.start
+    x: Tensor | None = None
+    for contribution in given:
+        if not runs:
+            continue
+        if runs == [slice(0, blocks)]:
+            yield contribution
+            continue
+        if x is None or not contribution.again:
+            parts = [contribution.x[run] for run in runs]
+            x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        yield contribution._replace(x=x)
 
 
 def moves(start: str, chunk: Chunk) -> bool:

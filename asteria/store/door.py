@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -34,8 +35,11 @@ class Door:
         courier: Courier,
         traffic: Traffic,
         clock: Callable[[], float] = time.perf_counter,
+        lock: threading.RLock | None = None,
     ) -> None:
-        """``clock`` in seconds."""
+        """``clock`` in seconds; ``lock`` as below, by default one of its own."""
+        self.lock = lock or threading.RLock()
+        """Whoever holds it may do what is for the training thread."""
         self._near = near
         self._courier = courier
         self._traffic = traffic

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from asteria.algorithms.adam import AdamW, adam_update_, bias_correction, bound_ratio_, ema_
-from asteria.algorithms.algorithm import BlockShape, accumulate_
+from asteria.algorithms.algorithm import BlockShape, accumulate_, begin_
 from tests.algorithms.blocks import (
     BLOCKS,
     changed,
@@ -107,7 +107,7 @@ def test_it_has_two_moments_and_nothing_else_to_do() -> None:
     ]
     assert not rule.has_bases
     before, gradient = copied(state), normal(BLOCKS)
-    rule.begin_(state, gradient, hyper())
+    begin_(rule, state, gradient, hyper())
     accumulate_(rule, state, gradient, hyper(), scratch=scratch_of(gradient), gate=None)
     rule.rotate_(state, [], scratch=scratch_of(gradient), gate=None)
     assert changed(before, state) == set()

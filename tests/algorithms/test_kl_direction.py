@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asteria.algorithms.algorithm import BlockShape, accumulate_
+from asteria.algorithms.algorithm import BlockShape, accumulate_, begin_
 from asteria.algorithms.kl import KLSOAP, KLShampoo
 from tests.algorithms.blocks import (
     BLOCKS,
@@ -122,7 +122,7 @@ def run(rule: KLShampoo | KLSOAP, shape: BlockShape, scale: float) -> Tensor:
         gradient = scale * gradient_of(shape, seed=step)
         pair = scratch_of(gradient)
         if step == 1:
-            rule.begin_(state, gradient, given)
+            begin_(rule, state, gradient, given)
         update, _ = rule.direction_(state, gradient, given, step=step, scratch=pair, gate=None)
         update = update.clone()
         accumulate_(rule, state, gradient, given, scratch=pair, gate=None)

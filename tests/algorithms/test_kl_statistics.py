@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asteria.algorithms.algorithm import BlockShape, accumulate_
+from asteria.algorithms.algorithm import BlockShape, accumulate_, begin_
 from asteria.algorithms.kl import KLSOAP, KLShampoo
 from tests.algorithms.blocks import (
     BLOCKS,
@@ -166,7 +166,7 @@ def test_a_closed_gate_leaves_every_bit(shape: BlockShape, rule: KLShampoo | KLS
 @every_shape
 def test_begin_with_a_constant_is_the_published_beginning(shape: BlockShape) -> None:
     state, gradient = zero_state(RULE, shape), gradient_of(shape)
-    RULE.begin_(state, gradient, hyper(init_factor=0.25))
+    begin_(RULE, state, gradient, hyper(init_factor=0.25))
     assert state["eigenvalue_scale"].tolist() == pytest.approx([0.1] * BLOCKS)
     for mode, size in enumerate(shape.dims):
         wanted = torch.full((BLOCKS, size), 2.0, dtype=torch.float64)
@@ -180,7 +180,7 @@ def test_begin_with_a_constant_is_the_published_beginning(shape: BlockShape) -> 
 def test_begin_from_the_gradient_whitens_by_its_mean_square(shape: BlockShape) -> None:
     state, gradient = zero_state(RULE, shape), gradient_of(shape)
     kept, rank = gradient.clone(), len(shape.dims)
-    RULE.begin_(state, gradient, hyper())
+    begin_(RULE, state, gradient, hyper())
     first = gradient.square().flatten(1).mean(-1) ** (1 / rank)
     torch.testing.assert_close(state["eigenvalue_scale"], first)
     for mode, size in enumerate(shape.dims):
@@ -200,7 +200,7 @@ def test_a_block_whose_gradient_was_zero_takes_its_scale_from_the_first_that_is_
     first, second = gradient_of(shape), gradient_of(shape, seed=1)
     first[1] = 0
     state = zero_state(RULE, shape)
-    RULE.begin_(state, first, hyper())
+    begin_(RULE, state, first, hyper())
     assert state["eigenvalue_scale"][1] == 0
     assert not state["inverse_root_0"][1].any()
     scale = state["eigenvalue_scale"].clone()
@@ -216,7 +216,7 @@ def test_a_block_whose_gradient_was_zero_takes_its_scale_from_the_first_that_is_
 @every_shape
 def test_a_gradient_that_stays_zero_stays_harmless(shape: BlockShape) -> None:
     state, gradient = zero_state(RULE, shape), torch.zeros_like(gradient_of(shape))
-    RULE.begin_(state, gradient, hyper())
+    begin_(RULE, state, gradient, hyper())
     pair = scratch_of(gradient)
     for step in range(1, 4):
         update, _ = RULE.direction_(

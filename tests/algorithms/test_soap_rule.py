@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asteria.algorithms.algorithm import BlockShape, accumulate_
+from asteria.algorithms.algorithm import BlockShape, accumulate_, begin_
 from asteria.algorithms.soap import SOAP
 from tests.algorithms.blocks import (
     SHAPES,
@@ -96,7 +96,7 @@ def test_the_direction_turns_with_the_parameter_space(shape: BlockShape) -> None
 def test_begin_makes_the_factors_of_the_first_gradient(shape: BlockShape) -> None:
     state, gradient = zero_state(SOAP(), shape), gradient_of(shape)
     before = copied(state)
-    SOAP().begin_(state, gradient, hyper())
+    begin_(SOAP(), state, gradient, hyper())
     names = {f"factor_{mode}" for mode, factored in enumerate(shape.factored) if factored}
     assert changed(before, state) == names
     for name in names:

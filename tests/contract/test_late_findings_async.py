@@ -102,25 +102,17 @@ def _aged(runtime: RuntimeConfig) -> tuple[SOAP, list[torch.nn.Parameter]]:
     return optimizer, params
 
 
-@pytest.mark.parametrize(
-    ("options", "runtime", "asked"),
-    [
-        ({"precondition_frequency": "auto"}, RuntimeConfig(), 'precondition_frequency="auto"'),
-        ({}, RuntimeConfig(install="ready"), 'install="ready"'),
-    ],
-)
-def test_the_clock_decides_nothing_among_peers(
-    options: dict[str, Any], runtime: RuntimeConfig, asked: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+def test_the_clock_decides_nothing_among_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = "asteria.runtime.peers.peer_group"
+    monkeypatch.setattr(group, lambda asked: None if asked == "alone" else object())
     params = parameters([(6, 4)])
-    optimizer = SOAP(params, runtime=runtime, **options)
+    optimizer = SOAP(params, precondition_frequency="auto")
     before = weights(params)
-    with pytest.raises(ConfigError, match=f"{asked} was asked for, found 2 processes"):
+    with pytest.raises(ConfigError, match='frequency="auto" was asked for, found other processes'):
         train(optimizer, [0])
     assert_same_bits(weights(params), before)
-    train(SOAP(params), range(3))
+    alone = RuntimeConfig(process_group="alone")
+    train(SOAP(params, precondition_frequency="auto", runtime=alone), range(3))
 
 
 @pytest.fixture

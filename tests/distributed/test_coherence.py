@@ -65,7 +65,7 @@ def test_any_order_of_launches_results_and_letters(seed: int) -> None:
         for n, (_, arrival) in enumerate(mine):
             assert (arrival is None) == (plan[n][1] == rank)
             if arrival is not None:
-                ranks.all[rank].wait(arrival)
+                arrival.await_by(lambda job: None)
                 assert arrival.outcome() == n + 0.5
             ranks.all[rank].wait_delivered(n + 1, plan[n][0])
     assert not any(post.counters.summary().waits for post in ranks.posts)
@@ -132,7 +132,7 @@ def test_a_wait_for_a_rank_that_is_gone() -> None:
     ranks.network.lose(0)
     assert arrival is not None
     with pytest.raises(CoherenceError, match="waited for refresh of w at step 3, and rank 0 is"):
-        ranks.all[1].wait(arrival)
+        arrival.await_by(lambda job: None)
 
 
 def test_records_of_deliveries_do_not_pile_up() -> None:

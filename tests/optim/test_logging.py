@@ -12,7 +12,7 @@ from tests.support.arms import LR, PERIOD, over_optimizers
 from tests.support.asynchronous import build, manual
 from tests.support.training import parameters, train
 
-COUNTED = {"failures", "staleness", "tier_bytes", "tier_peak_bytes", "traffic"}
+COUNTED = {"failures", "staleness", "tier_bytes", "tier_peak_bytes", "traffic", "network"}
 """Fields of the statistics that are no numbers."""
 
 
@@ -30,6 +30,8 @@ def test_every_number_of_the_statistics_is_there(name: str) -> None:
     assert scalars["asteria/visible_s"] == stats.visible_s
     assert scalars["asteria/device_bytes"] == stats.tier_bytes["device"] > 0
     assert scalars["asteria/traffic_read_bytes"] == 0.0
+    assert scalars["asteria/network_ranks"] == 1.0
+    assert scalars["asteria/network_wait_s"] == 0.0
 
 
 @over_optimizers

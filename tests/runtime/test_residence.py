@@ -42,7 +42,7 @@ class Places:
         held = layouts(key.rule, key.shape, 1, key.dtype)
         extent = Extent(
             key,
-            [SimpleNamespace(stop=1)],  # type: ignore[list-item]
+            [SimpleNamespace(stop=1, kept=True)],  # type: ignore[list-item]
             self.residence.door(device),
             {life: Cell(layout) for life, layout in held.items()},
         )

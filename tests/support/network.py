@@ -37,6 +37,12 @@ class Network:
         self._changed = threading.Condition()
         self._ends = False
 
+    def listen(self, rank: int, take: Take) -> None:
+        """For the wires: what comes for ``rank`` before waits."""
+        with self._changed:
+            self.takes[rank] = take
+            self._changed.notify_all()
+
     def put(self, message: Message) -> None:
         """For the wires."""
         if message.target in self.gone:
@@ -50,7 +56,7 @@ class Network:
         """A random message that is the oldest of its pair; with the condition held."""
         ready: dict[tuple[int, int], Message] = {}
         for message in self.messages:
-            if message.target not in self.stopped:
+            if message.target in self.takes.keys() - self.stopped:
                 ready.setdefault((message.source, message.target), message)
         if not ready:
             return None
@@ -96,6 +102,7 @@ class Network:
                         self._changed.wait()
                 self._deliver(message)
 
+        self._ends = False
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
 
@@ -117,7 +124,7 @@ class NetworkWire:
 
     def listen(self, take: Take) -> None:
         """See `Wire`."""
-        self._network.takes[self._rank] = take
+        self._network.listen(self._rank, take)
 
     def send(self, rank: int, buffer: Tensor, sent: Sent) -> None:
         """See `Wire`."""
