@@ -129,7 +129,7 @@ class Launcher:
             if mine:
                 flights = dict(self._begin_aside(chunk, mine, method=method, lands=lands))
         except torch.OutOfMemoryError:
-            if not self._exchange.is_shared:
+            if not self._exchange.shares(chunk.tiles[0].record):
                 for unit in map(unit_of, mine):
                     self._units[unit].attempted = step
                     self._units.judge(unit, [_NO_MEMORY])
@@ -138,7 +138,7 @@ class Launcher:
             unit = unit_of(tile)
             if not self._exchange.owns(unit):
                 self._expect(chunk, unit, lands=lands)
-            elif self._exchange.is_shared:
+            elif self._exchange.shares(tile.record):
                 # Others must know what has become of it when they install it, so a worker waits.
                 work: Callable[[], Refreshed] = functools.partial(
                     nothing_new, tile.plan, _NO_MEMORY
@@ -173,7 +173,7 @@ class Launcher:
             copy_bases=self._may_be_replaced(tile, chunk),
             method=self._method(tile),
             # What all ranks are to have, no disk may lose for one of them.
-            in_memory=self._exchange.is_shared,
+            in_memory=self._exchange.shares(tile.record),
         )
         if self._first_launch_s is None:
             self._first_launch_s = self._clock()
