@@ -70,7 +70,7 @@ class Pipeline(Generic[U, T]):
         """``clock`` in seconds."""
         self.executor = executor
         self.waits = Waits()
-        self.may_land: Callable[[Flight[T]], bool] = lambda flight: flight.job.done
+        self.may_land: Callable[[Flight[T]], bool] = lambda flight: flight.is_ready
         """With ``ready``: whether a flight may land before its time."""
         self._ready = ready
         self._clock = clock

@@ -114,7 +114,7 @@ class BackgroundRefresher:
             return
         units, flights = self.pipeline.units(), self.pipeline.flights
         ready = self._exchange.arrived_everywhere(f for unit in units for f in flights(unit))
-        self.pipeline.may_land = lambda f: f.number in ready or (f.job.done and not f.number)
+        self.pipeline.may_land = lambda f: f.number in ready or (f.is_ready and not f.number)
 
     def _collect(self, unit: Unit) -> None:
         before_s, flights = self.pipeline.waits.seconds, self.pipeline.flights(unit)
