@@ -23,6 +23,7 @@ from asteria.runtime.snapshots import take_snapshots, way_back
 from asteria.runtime.staging import Stager
 from asteria.runtime.units import Unit, Units, unit_of
 from asteria.telemetry.counters import Counters
+from asteria.telemetry.phases import phase
 from asteria.telemetry.trace import Trace
 
 __all__ = ["BackgroundRefresher"]
@@ -77,6 +78,7 @@ class BackgroundRefresher:
         for record in gone:
             self._stager.unwatch(record)
 
+    @phase("wait")
     def collect(self, updates: Mapping[ParameterRecord, Update], governor: Governor) -> None:
         """Take in what lands before this update; waits at the bound.
 
@@ -203,6 +205,7 @@ class BackgroundRefresher:
         """Whether `launch_due` needs the chunk's fields on their device."""
         return self._stager.link(chunk.extent.device).travels
 
+    @phase("launch")
     def launch_due(self, chunk: Chunk, *, prompt: bool) -> None:
         """Begin the refreshes of the chunk's tiles that are due after this update.
 
