@@ -97,7 +97,7 @@ class _Elsewhere:
         """The values of now, in memory of their own."""
         values = []
         for part in self._settled():
-            fields = part.extent.door.read(part.extent.cells[self._life])
+            fields = part.extent.door.look(part.extent.cells[self._life])
             values.append(fields[self._name][part.start : part.stop].to(self._device))
         # In memory of its own: who saves a view saves all that it is a view of.
         whole = values[0].clone() if len(values) == 1 else torch.cat(values)
