@@ -20,6 +20,7 @@ from asteria.runtime.results import Exchange
 from asteria.runtime.staging import Stager
 from asteria.runtime.units import Unit, Units, unit_of
 from asteria.telemetry.counters import Counters
+from asteria.telemetry.phases import phase
 
 __all__ = ["Launcher"]
 
@@ -97,6 +98,7 @@ class Launcher:
         if self._stager.link(chunk.extent.device).travels:
             self.launch_due(chunk, prompt=prompt)
 
+    @phase("launch")
     def launch_due(self, chunk: Chunk, *, prompt: bool) -> None:
         """Begin the refreshes of the chunk's tiles that are due after this update.
 
