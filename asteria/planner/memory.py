@@ -138,6 +138,7 @@ def housed(
             home = Home.DEVICE if placement is None else placement.homes[number][index]
             at[TIERS[home]][name] += item.nbytes
             in_flight += item.beside_bytes if home is Home.DEVICE else 0.0
+            in_flight += item.flying_bytes
             if name == CLASSES[Life.BASIS] and home is Home.NVME and not limits.pinned_bytes:
                 waiting += item.beside_bytes
     working = working_bytes(census, refreshes=refreshes)
@@ -227,7 +228,11 @@ def least_needed(groups: list[list[Item]], limits: Budgets, tier: Home) -> int |
     For the first tier that is with everything at home on it.
     """
     if tier is Home.DEVICE:
-        total = sum(item.nbytes + item.beside_bytes for group in groups for item in group)
+        total = sum(
+            item.nbytes + item.beside_bytes + item.flying_bytes
+            for group in groups
+            for item in group
+        )
         return round(total + 0.5) + limits.working_bytes
     if tier is Home.PINNED:
         without = replace(limits, pinned_bytes=None)

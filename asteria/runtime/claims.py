@@ -67,12 +67,26 @@ def items(
         if life is Life.BASIS:
             written /= period
         beside = 0.0 if life is Life.STEP else share * layout.nbytes
+        flying_bytes = 0.0
+        if config.refresh_on == "device" and flying:
+            # Snapshots of factors until they are done with, and bases until they land.
+            of_life = {Life.SUM: 1 / period, Life.BASIS: share}
+            beside, flying_bytes = 0.0, of_life.get(life, 0.0) * layout.nbytes
         noted = 0
         if life is Life.SUM and (steps := ledger_steps(key, period)):
             step = _contributed_bytes(key) * layout.blocks
             read = written = step + layout.nbytes / steps
             noted = (steps - 1) * step
-        found.append(Item(layout.nbytes, read, written, beside_bytes=beside, noted_bytes=noted))
+        found.append(
+            Item(
+                layout.nbytes,
+                read,
+                written,
+                beside_bytes=beside,
+                flying_bytes=flying_bytes,
+                noted_bytes=noted,
+            )
+        )
     return found
 
 

@@ -135,10 +135,8 @@ class Residence:
             for extent, group, homes in zip(mine, groups, placement.homes, strict=True):
                 places[extent] = list(zip(group, homes, strict=True))
             near, pinned, nvme = placement.bytes_at
-            limit = limits.device_bytes
-            self._near[device].budget_bytes = (
-                None if limit is None else limit - limits.working_bytes
-            )
+            beside = limits.working_bytes + placement.flying_bytes
+            self._near[device].budget_bytes = _less(limits.device_bytes, beside)
             if self._is_host(device):
                 host_bytes += near + placement.window_bytes + limits.working_bytes
             elif limits.pinned_bytes is not None:

@@ -28,6 +28,8 @@ class Item:
     """What it brings home."""
     beside_bytes: float = 0.0
     """What refreshes in flight take where the cell is: old values in use, new ones that wait."""
+    flying_bytes: float = 0.0
+    """What refreshes on the device take there, wherever the cell is."""
     noted_bytes: int = 0
     """What is kept beside the cell, at the most, while it is elsewhere."""
 
@@ -66,6 +68,8 @@ class Placement:
     """What a step takes of the device's memory for what lives elsewhere."""
     moved_bytes: float
     """What a step moves between the device and the other tiers."""
+    flying_bytes: int = 0
+    """What refreshes on the device take of its memory."""
 
 
 def place(groups: Sequence[Sequence[Item]], budgets: Budgets) -> Placement:
@@ -78,6 +82,9 @@ def place(groups: Sequence[Sequence[Item]], budgets: Budgets) -> Placement:
         key=lambda at: -_claim(groups[at[0]][at[1]]),
     )
     device = budgets.device_bytes
+    flying = math.ceil(sum(item.flying_bytes for group in groups for item in group))
+    if device is not None:
+        device = max(0, device - flying)
     total = sum(item.nbytes + item.beside_bytes for group in groups for item in group)
     largest = max((sum(item.nbytes for item in group) for group in groups), default=0)
     window = 0
@@ -109,7 +116,7 @@ def place(groups: Sequence[Sequence[Item]], budgets: Budgets) -> Placement:
     bytes_at = (at[0], at[1], at[2])
     taken_at = (math.ceil(taken[0]), math.ceil(taken[1]), math.ceil(taken[2]))
     window = window if away else 0
-    return Placement(tuple(map(tuple, homes)), bytes_at, taken_at, window, moved)
+    return Placement(tuple(map(tuple, homes)), bytes_at, taken_at, window, moved, flying)
 
 
 def rewritten_bytes(groups: Sequence[Sequence[Item]]) -> int:

@@ -50,6 +50,16 @@ def test_refreshes_in_flight_take_room_beside_what_they_start_from() -> None:
     assert factors.beside_bytes == pytest.approx(0.3 * factors.nbytes)
 
 
+def test_refreshes_on_the_device_take_room_there() -> None:
+    config = RuntimeConfig(refresh_on="device", staleness=2)
+    step, basis, factors = items(key(), 2, 10, config)
+    assert {item.beside_bytes for item in (step, basis, factors)} == {0.0}
+    assert step.flying_bytes == 0
+    assert basis.flying_bytes == pytest.approx(0.3 * basis.nbytes), "until they land"
+    assert factors.flying_bytes == pytest.approx(0.1 * factors.nbytes), "until they are done with"
+    assert all(item.flying_bytes == 0 for item in items(key(), 2, 10, RuntimeConfig()))
+
+
 def test_factors_wait_where_contributions_are_smaller() -> None:
     assert ledger_steps(key(WIDE), 10) == 5
     assert ledger_steps(key(WIDE), 3) == 3

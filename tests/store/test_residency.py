@@ -27,6 +27,20 @@ def test_what_just_fits_stays_near() -> None:
     assert place(groups, Budgets(199, None)).homes != ((D,), (D,))
 
 
+def test_what_flies_takes_room_on_the_device_wherever_its_cell_lives() -> None:
+    def flying(nbytes: int, there: float) -> Item:
+        return Item(nbytes, nbytes, nbytes, flying_bytes=there)
+
+    groups = [[flying(100, 30.0)], [flying(100, 30.0)]]
+    found = place(groups, Budgets(260, None))
+    assert (found.homes, found.flying_bytes) == (((D,), (D,)), 60)
+    found = place(groups, Budgets(259, None))
+    assert P in (home for homes in found.homes for home in homes)
+    assert found.flying_bytes == 60
+    assert found.window_bytes <= 199
+    assert place([[item(100)]], Budgets(100, None)).flying_bytes == 0
+
+
 def test_the_bytes_that_are_moved_most_stay_near() -> None:
     groups = [[item(100, 1.0), item(100, 3.0)], [item(100, 1.0), item(100, 2.0)], [item(100, 1.5)]]
     found = place(groups, Budgets(600, None))
