@@ -22,7 +22,9 @@ from tests.distributed.fans import OPTIMIZERS, Fan, Run, build, differing
 from tests.support.processes import gather
 
 STEPS = 8
-PLAIN = ("norm.weight", "layers.2.weight")
+LOCAL = ("layers.0", "layers.1")
+EXACT = ("table", "layers.3")
+PLAIN = ("norm.weight", "norm.bias", "layers.2.weight", "layers.2.bias", "experts")
 """Replicated: every rank steps them, and their factors have an owner among the ranks."""
 CLIP = 1e9
 """The norm is what is looked at: a real clip rounds differently on every number of ranks."""
@@ -37,13 +39,13 @@ class Mixed(Run):
         own: dict[str, Any] = {}
         if sharded:
             self.mesh = init_device_mesh("cpu", (2,))
-            ignored = {self.model.get_parameter(name) for name in PLAIN}
-            fully_shard(self.model, mesh=self.mesh, ignored_params=ignored)
+            for name in LOCAL + EXACT:
+                fully_shard(self.model.get_submodule(name), mesh=self.mesh)
             own = {"shards": "local"}
         named = list(self.model.named_parameters())
-        layers = [(n, p) for n, p in named if n.startswith("layers")]
-        others = [(n, p) for n, p in named if not n.startswith("layers")]
-        groups = [{"params": others}, {"params": layers, **own}]
+        local = [(n, p) for n, p in named if n.startswith(LOCAL)]
+        others = [(n, p) for n, p in named if not n.startswith(LOCAL)]
+        groups = [{"params": others}, {"params": local, **own}]
         # Asynchronous refreshes of all blocks take turns, and local blocks are other ones.
         self.optimizer = build("SOAP", groups, {"refresh": "sync"})
 
@@ -183,7 +185,7 @@ def test_the_table_tells_who_steps_what(results: list[dict[str, Any]]) -> None:
         assert {rows[name] for name in PLAIN} == {("", None)}
         assert rows["layers.0.weight"] == ("local", None)
         assert rows["table.weight"][0] == "exact"
-        assert {rows["table.weight"][1], rows["experts"][1]} == {0, 1}
+        assert {rows["table.weight"][1], rows["layers.3.weight"][1]} == {0, 1}
         assert found["table"].split()[-2:] == ["shards", "owner"]
 
 
