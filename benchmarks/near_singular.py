@@ -75,7 +75,11 @@ def gradients(kind: str, size: int, seed: int) -> Iterator[Tensor]:
 
 
 def count_breakdowns(
-    method: Method | None, refreshes: int, *, sizes: tuple[int, ...] = (8, 33, 96)
+    method: Method | None,
+    refreshes: int,
+    *,
+    sizes: tuple[int, ...] = (8, 33, 96),
+    seed: int = 0,
 ) -> Outcome:
     """Refresh near-singular factors so many times; None is CholeskyQR2 of L Q.
 
@@ -84,14 +88,15 @@ def count_breakdowns(
     outcome = Outcome()
     runs = [(kind, size) for size in sizes for kind in KINDS]
     steps = max(1, round(refreshes / (len(runs) * BLOCKS)))
-    for number, (kind, size) in enumerate(runs):
+    draw = torch.Generator().manual_seed(seed)
+    for number, (kind, size) in enumerate(runs, start=1000 * seed):
         factor = torch.zeros(BLOCKS, size, size)
         basis = torch.empty(0)
         for step, gradient in zip(range(steps + 1), gradients(kind, size, number), strict=False):
             factor = torch.baddbmm(factor, gradient, gradient.mT, beta=0.9, alpha=0.1)
             if step == 0:
-                start = factor if number % 3 else torch.rand_like(factor)
-                basis = eigh_basis(start + start.mT).basis
+                far = torch.randn(factor.shape, generator=draw)
+                basis = eigh_basis(factor if number % 3 else far + far.mT).basis
                 continue
             basis = _refresh(method, factor, basis, outcome, kind)
     return outcome

@@ -158,7 +158,7 @@ class TileWork:
 
     def refresh_s(self, machine: Machine, threads: int = 1) -> float:
         """Of one refresh of all its bases."""
-        return self.blocks * sum(machine.seconds(n, threads, exact=False) for n in self.sizes)
+        return self.blocks * sum(machine.seconds(n, threads, method="qr") for n in self.sizes)
 
     def turn_s(self, cluster: Cluster) -> float:
         """Project the gradient, update the moments, project back."""

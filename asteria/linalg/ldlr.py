@@ -20,8 +20,10 @@ from asteria.linalg.precision import exact_bmm
 
 __all__ = ["elimination", "ldlr", "orthonormalized"]
 
-_LARGEST = 8.0
-"""Largest entry of M in use: where eigenvalues drown in rounding they are much larger."""
+_LARGEST = 4.0
+"""Largest entry of M in use: where eigenvalues drown in rounding they are much larger, and so is
+the condition of M, whose square is that of what comes next.
+"""
 _NEAR = 0.25
 """Root mean square sum of a column of M - I, below which two iterations are like two steps."""
 

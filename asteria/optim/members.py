@@ -16,16 +16,10 @@ __all__ = ["members"]
 
 
 def members(named: Iterable[Named], rule: Algorithm) -> Iterator[Member]:
-    """All parameters that are going to be trained, in order.
-
-    None if any is sharded: what is exact has its owner already, and every rank keeps the rest.
-    """
-    named = list(named)
-    if any(is_sharded(parameter) for _, _, parameter, _ in named):
-        return
+    """All parameters that are going to be trained, in order."""
     for index, name, parameter, group in named:
-        if not parameter.requires_grad:
-            continue  # shared out when it is unfrozen
+        if not parameter.requires_grad or is_sharded(parameter):
+            continue  # shared out when it is unfrozen; sharded ones have owners of their own
         hyper = Hyperparameters.of(group)
         card = f"{rule.name} {index} {tuple(parameter.shape)} {parameter.dtype} {hyper}"
         way = route(parameter.shape, group, rule, name)

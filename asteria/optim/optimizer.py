@@ -28,6 +28,7 @@ from asteria.runtime.entries import Entries
 from asteria.runtime.narrow import rule_for
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.routing import check_route, routing_options
+from asteria.runtime.sharded import Together
 from asteria.runtime.sharded_state import stepped_state
 from asteria.telemetry.counters import Stats
 
@@ -156,11 +157,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _accepts(
         self, records: list[ParameterRecord], *, ready: bool
     ) -> tuple[bool, Tensor | None]:
-        if any(record.sharding is not None for record in records):
-            parameters = sum(len(group["params"]) for group in self.param_groups)
-            return self._engine.accepts_together(records, parameters=parameters, ready=ready)
-        gradients = [g for record in records if (g := record.parameter.grad) is not None]
-        return self._engine.accepts([record.name for record in records], gradients, ready=ready)
+        parameters = sum(len(group["params"]) for group in self.param_groups)
+        together = Together.of(records, parameters)
+        gradients = [g for record in records if (g := record.seen_gradient) is not None]
+        names, options = [r.name for r in records], {"together": together} if together else {}
+        return self._engine.accepts(names, gradients, ready=ready, **options)
 
     def _forget_replaced_state(self) -> None:
         """Follow what was done to ``self.state`` from outside.

@@ -143,10 +143,10 @@ def admit(
     together, and so every bit of the result, depends on which parameters have state and not on when
     they got it. Blocks that were there before move where the cut has changed.
 
-    ``elsewhere`` tells which factors other ranks keep. Of records whose state another rank has only
-    the counters begin. A record in ``saved`` takes its values from there (copied, from any dtype
-    and device), the others begin at zero. Raises CheckpointError if something saved does not fit
-    and StoreFullError if there is no room, before anything is changed.
+    ``elsewhere`` tells which factors other ranks keep; of records whose whole state another rank
+    has only the counters begin. A record in ``saved`` takes its values from there (copied, from any
+    dtype and device), the others begin at zero. Raises CheckpointError if something saved does not
+    fit and StoreFullError if there is no room, before anything is changed.
     """
     records = list(records)
     here = [record for record in records if record.is_here]

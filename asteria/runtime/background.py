@@ -26,6 +26,7 @@ from asteria.runtime.staging import Stager
 from asteria.runtime.units import Unit, Units, unit_of
 from asteria.runtime.verdicts import Verdicts
 from asteria.telemetry.counters import Counters
+from asteria.telemetry.phases import phase
 from asteria.telemetry.trace import Watch
 
 __all__ = ["BackgroundRefresher"]
@@ -87,6 +88,7 @@ class BackgroundRefresher:
         for record in gone:
             self._stager.unwatch(record)
 
+    @phase("wait")
     def collect(self, updates: Mapping[ParameterRecord, Update]) -> None:
         """Take in what lands before this update; waits at the bound.
 

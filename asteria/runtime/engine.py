@@ -113,10 +113,10 @@ class Engine(Judge):
         Raises ConfigError where they train something else, and CoherenceError where they do not
         come to do this too.
         """
-        saved = {record: values for record, values in (saved or {}).items() if values}
+        given = {record: values for record, values in (saved or {}).items() if values}
         self._meet(members)
         self._placer.admit()
-        records, saved = self._sharded.admit(records, saved, self.discard)
+        records, saved = self._sharded.admit(records, given, self.discard)
         self._residence.promises.keep()
         with self._residence.lock:
             elsewhere = self._peers.elsewhere
@@ -126,14 +126,7 @@ class Engine(Judge):
         self._foresight.watch(self._all())
         here = {tile.record for extent in self._all() for tile in extent.tiles}
         self._units.admit(here | self._sharded.elsewhere)
-        if self._background is not None:
-            self._background.admit([record for record in records if record.is_here])
-            for record, values in saved.items():
-                if record.is_here:
-                    self._background.restore(record, values)
-        else:
-            for record in filter(lambda record: record.is_here, records):
-                show_flights(record, None, staleness_steps=0)
+        _take_up([record for record in records if record.is_here], saved, self._background)
         self._sharded.show(records)
 
     def check_room(
@@ -144,8 +137,7 @@ class Engine(Judge):
         ``members`` as in `admit`.
         """
         self._meet(members)
-        here = [record for record in records if record.is_here]
-        check_room(here, self._residence, self._peers.elsewhere)
+        check_room([r for r in records if r.is_here], self._residence, self._peers.elsewhere)
 
     def discard(self, records: list[ParameterRecord]) -> None:
         """Drop the state of records."""
@@ -171,8 +163,9 @@ class Engine(Judge):
 
     def begin_step(self, groups: list[dict[str, Any]]) -> None:
         """A step begins; decide what is left to us in ``groups``, which are changed in place."""
-        self._governor.begin_step(groups, self._clock(), shared=self._peers.expected)
-        if not self._peers.expected:  # each rank would decide for itself
+        shared = self._peers.expected or self._sharded.exist
+        self._governor.begin_step(groups, self._clock(), shared=shared)
+        if not shared:  # each rank would decide for itself
             measured = self._governor.has_measured
             self._placer.begin_step(groups, self._records, measured=measured)
 
@@ -199,16 +192,20 @@ class Engine(Judge):
         Raises RefreshError, or what a worker raised, before anything is changed. A StoreError comes
         in the middle: every parameter is then as before the step or as after it, and the
         next call completes the step for the others. So may a CoherenceError, where another rank
-        has failed or does not deliver: the next call begins with that.
+        does not deliver what it has computed in this step, or has failed: the next call goes on.
         """
-        with self._residence.lock:
-            self._sharded.wholes.step(updates, gate, self._step, self._ended)
+
+        def own() -> None:
+            with self._residence.lock:
+                self._step(updates, gate)
+
+        self._sharded.wholes.step(updates, gate, own, self._ended)
 
     def _step(self, updates: Mapping[ParameterRecord, Update], gate: Tensor | None) -> None:
         start = self._clock()
         self._residence.promises.keep()
         self._units.report()
-        self._relieve()
+        _relieve(self._all(), self._residence, self._foresight)
         self._stepper.finish()
         if self._background is not None:
             self._background.collect(updates)
@@ -219,14 +216,7 @@ class Engine(Judge):
             undos.append(self._background.launcher.begin_step())
         moved: list[ParameterRecord] = []
         if gate is not None:
-
-            def undo() -> None:
-                _count_updates(moved, -1)
-                for undo_part in undos:
-                    undo_part()
-
-            self._guard.on_refusal(undo)
-        self._sharded.wholes.arrive()
+            self._guard.on_refusal(_undo(moved, undos))
         with without_autocast(record.device for record in updates):
             self._residence.promises.with_room(lambda: self._take(updates, gate, moved))
             self._stepper.finish()
@@ -267,23 +257,49 @@ class Engine(Judge):
     def _all(self) -> list[Extent]:
         return [extent for cut in self._extents.values() for extent in cut]
 
-    def _relieve(self) -> None:
-        """Move state to a lower tier where memory is short."""
-        extents = self._all()
-        moved = True  # some of it, if it raises
-        try:
-            moved = self._residence.relieve(extents)
-        finally:
-            if moved:
-                show(extents, self._residence.promises)
-                self._foresight.watch(extents)
-
 
 def _count_updates(records: list[ParameterRecord], change: int) -> None:
     for record in records:
         record.steps += change
     if records:
         torch._foreach_add_([record.entries["step"] for record in records], change)
+
+
+def _undo(moved: list[ParameterRecord], parts: list[Callable[[], None]]) -> Callable[[], None]:
+    """What takes back the host's part of a step that the device has refused."""
+
+    def undo() -> None:
+        _count_updates(moved, -1)
+        for undo_part in parts:
+            undo_part()
+
+    return undo
+
+
+def _take_up(
+    records: Iterable[ParameterRecord],
+    saved: Mapping[ParameterRecord, Mapping[str, Tensor]],
+    background: BackgroundRefresher | None,
+) -> None:
+    """Prepare for refreshes of these records, and go on with those that were saved."""
+    for record in records:
+        if background is None:
+            show_flights(record, None, staleness_steps=0)
+            continue
+        background.admit([record])
+        if record in saved:
+            background.restore(record, saved[record])
+
+
+def _relieve(extents: list[Extent], residence: Residence, foresight: Foresight) -> None:
+    """Move state to a lower tier where memory is short."""
+    moved = True  # some of it, if it raises
+    try:
+        moved = residence.relieve(extents)
+    finally:
+        if moved:
+            show(extents, residence.promises)
+            foresight.watch(extents)
 
 
 def _training_threads() -> int:

@@ -16,6 +16,7 @@ from asteria.runtime.records import Tile
 from asteria.store.cell import Cell, Home
 from asteria.store.door import Door, acquire_all
 from asteria.store.layout import Layout, Life
+from asteria.telemetry.phases import phase
 
 __all__ = ["CHUNK_BYTES", "EXTENT_BYTES", "Extent", "ExtentKey", "cut_blocks", "layouts"]
 
@@ -169,6 +170,7 @@ class Extent:
         """Those of these lives that there are."""
         return [self.cells[life] for life in lives if life in self.cells]
 
+    @phase("acquire")
     def acquire(self, lives: Iterable[Life]) -> None:
         """Bring all fields of these lives; all of them or, if one cannot be had, none."""
         if self.resident:

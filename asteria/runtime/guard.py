@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,22 @@ from torch import Tensor
 from asteria.errors import NonFiniteGradientError
 from asteria.runtime.reports import Report
 
-__all__ = ["DeviceGuard", "finite_flags", "gate_on", "nonfinite_error", "surely_finite"]
+__all__ = [
+    "DeviceGuard",
+    "FlagsReducer",
+    "bad_names",
+    "finite_flags",
+    "gate_on",
+    "nonfinite_error",
+    "surely_finite",
+]
+
+
+class FlagsReducer(Protocol):
+    """Where several ranks share gradients: what makes one decision of theirs."""
+
+    def reduce_(self, flags: Tensor) -> None:
+        """Make ``flags`` (bool), in the order of the gradients, false where any rank's are."""
 
 
 def surely_finite(gradients: list[Tensor]) -> bool:
@@ -64,6 +80,12 @@ def gate_on(gate: Tensor | None, device: torch.device, dtype: torch.dtype) -> Te
     return gate.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
 
 
+def bad_names(names: Sequence[str], gradients: Sequence[Tensor]) -> list[str]:
+    """Names of those that are not finite; waits for their devices."""
+    names, flags = finite_flags(names, gradients)
+    return [name for name, ok in zip(names, flags.tolist(), strict=True) if not ok]
+
+
 def nonfinite_error(names: Sequence[str]) -> NonFiniteGradientError:
     """The error for gradients of these names."""
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -99,15 +121,15 @@ class DeviceGuard:
         self,
         gradients: Sequence[Tensor],
         names: list[str],
-        agree_: Callable[[Tensor], None] | None = None,
+        together: FlagsReducer | None = None,
     ) -> Tensor:
         """A float32 scalar on the gradients' device: 1 if all are finite, else 0. Never waits.
 
-        ``agree_`` makes the flags of all ranks out of this one's, in place.
+        ``together`` makes the flags of all ranks out of this one's.
         """
         names, flags = finite_flags(names, gradients)
-        if agree_ is not None:
-            agree_(flags)
+        if together is not None:
+            together.reduce_(flags)
         self._verdicts.append(_Verdict(Report.of(flags), names))
         return flags.all().to(torch.float32)
 

@@ -43,7 +43,7 @@ class InsideRefresher:
         Where others have their part they come with `finish`, unless there are moments that need
         them at once.
         """
-        if not self._exchange.is_shared:
+        if not self._exchange.shares(chunk.tiles[0].record):
             self._inline.begin_(chunk, chunk.state(lives))
             return
         self._shared.begin(chunk)
@@ -63,7 +63,7 @@ class InsideRefresher:
 
         ``bound`` as in `Algorithm.rotate_`.
         """
-        if self._exchange.is_shared:
+        if self._exchange.shares(chunk.tiles[0].record):
             self._shared.refresh(chunk, gate, method=method, bound=bound)
         else:
             pair = scratch(chunk)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from asteria.config.runtime import RuntimeConfig
-from asteria.runtime.guard import DeviceGuard, finite_flags, nonfinite_error, surely_finite
+from asteria.runtime.guard import DeviceGuard, bad_names, nonfinite_error, surely_finite
 from asteria.runtime.peers import Peers
-from asteria.runtime.records import ParameterRecord
-from asteria.runtime.sharded import ShardedParameters
+from asteria.runtime.sharded import ShardedParameters, Together
 from asteria.runtime.verdicts import Verdicts
 from asteria.telemetry.counters import Counters
 
@@ -41,43 +40,36 @@ class Judge:
         self._collect_verdicts(wait=True)
 
     def accepts(
-        self, names: list[str], gradients: list[Tensor], *, ready: bool
+        self,
+        names: list[str],
+        gradients: list[Tensor],
+        *,
+        ready: bool,
+        together: Together | None = None,
     ) -> tuple[bool, Tensor | None]:
         """Look at a step's gradients, before anything is changed: (whether to step, gate).
 
         On the host, or with ``ready`` False (state is yet to be made, which waits for the device
         anyway), a non-finite gradient is found now; else a gate comes back that closes on the
         device, and the report follows at a later step. Raises NonFiniteGradientError if the
-        configuration asks for it.
+        configuration asks for it. What is decided ``together`` is the same on all ranks.
         """
         self._counters.steps += 1
         # With others all must learn of a refused step at the same one. Waiting for the latest one
         # lets the host be a step ahead of the device, no more.
-        self._collect_verdicts(wait=self._peers.expected)
+        self._collect_verdicts(wait=self._peers.expected or together is not None)
         on_host = all(gradient.is_cpu for gradient in gradients)
-        if on_host and surely_finite(gradients):
+        fine = on_host and surely_finite(gradients)
+        if fine and together is None:
             return True, None
         if ready and not on_host:
-            return True, self._guard.gate(gradients, names)
-        names, flags = finite_flags(names, gradients)
-        bad = [name for name, ok in zip(names, flags.tolist(), strict=True) if not ok]
+            return True, self._guard.gate(gradients, names, together)
+        bad = [] if fine else bad_names(names, gradients)
+        if together is not None:
+            bad = together.agree(bad)
         if bad:
             self._count_skips([bad])
         return not bad, None
-
-    def accepts_together(
-        self, records: list[ParameterRecord], *, parameters: int, ready: bool
-    ) -> tuple[bool, Tensor | None]:
-        """The same where some of ``records`` are sharded: all ranks come to the same decision.
-
-        ``parameters``: how many the optimizer has. Raises CoherenceError, too.
-        """
-        self._counters.steps += 1
-        self._collect_verdicts(wait=True)  # so that all learn of a refusal at the same step
-        bad, gate = self._sharded.judge(records, self._guard, parameters=parameters, ready=ready)
-        if bad:
-            self._count_skips([bad])
-        return not bad, gate
 
     def _collect_verdicts(self, *, wait: bool) -> None:
         self._verdicts.collect(wait=wait)

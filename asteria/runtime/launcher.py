@@ -20,6 +20,7 @@ from asteria.runtime.results import Exchange
 from asteria.runtime.staging import Stager
 from asteria.runtime.units import Unit, Units, unit_of
 from asteria.telemetry.counters import Counters
+from asteria.telemetry.phases import phase
 
 __all__ = ["Launcher"]
 
@@ -97,6 +98,7 @@ class Launcher:
         if self._stager.link(chunk.extent.device).travels:
             self.launch_due(chunk, prompt=prompt)
 
+    @phase("launch")
     def launch_due(self, chunk: Chunk, *, prompt: bool) -> None:
         """Begin the refreshes of the chunk's tiles that are due after this update.
 
@@ -129,7 +131,7 @@ class Launcher:
             if mine:
                 flights = dict(self._begin_aside(chunk, mine, method=method, lands=lands))
         except torch.OutOfMemoryError:
-            if not self._exchange.is_shared:
+            if not self._exchange.shares(chunk.tiles[0].record):
                 for unit in map(unit_of, mine):
                     self._units[unit].attempted = step
                     self._units.judge(unit, [_NO_MEMORY])
@@ -138,7 +140,7 @@ class Launcher:
             unit = unit_of(tile)
             if not self._exchange.owns(unit):
                 self._expect(chunk, unit, lands=lands)
-            elif self._exchange.is_shared:
+            elif self._exchange.shares(tile.record):
                 # Others must know what has become of it when they install it, so a worker waits.
                 work: Callable[[], Refreshed] = functools.partial(
                     nothing_new, tile.plan, _NO_MEMORY
@@ -173,7 +175,7 @@ class Launcher:
             copy_bases=self._may_be_replaced(tile, chunk),
             method=self._method(tile),
             # What all ranks are to have, no disk may lose for one of them.
-            in_memory=self._exchange.is_shared,
+            in_memory=self._exchange.shares(tile.record),
         )
         if self._first_launch_s is None:
             self._first_launch_s = self._clock()

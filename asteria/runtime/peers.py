@@ -95,10 +95,8 @@ class Peers:
     @property
     def expected(self) -> bool:
         """Whether there are others, be it that they have not met yet."""
-        if self._membership is not None:
-            return True
-        if self._met and self._meeting is not meet:
-            return False
+        if self._met:
+            return self._membership is not None
         return self._meeting is not meet or peer_group(self._config.process_group) is not None
 
     @property
@@ -117,8 +115,6 @@ class Peers:
         if self._met and self._membership is None:
             return
         everyone = list(members()) if self.expected else []
-        if not everyone:
-            self._met = True
         if not self._met:
             self._membership = self._meeting(self._config, self._credentials(everyone))
             self._met = True
@@ -167,16 +163,20 @@ class Peers:
         ]
 
     def owner(self, unit: Unit) -> int | None:
-        """The other rank that keeps the unit's factors; None if it is this one."""
+        """The other rank that keeps the unit's factors; None if it is this one.
+
+        Sharded parameters are not among what is shared here.
+        """
         member = self._membership
-        if member is None:
+        if member is None or unit.record.sharding is not None:
             return None
         owner = self._owners[unit.record.index, unit.ordinal]
         return None if owner == member.rank else owner
 
     def elsewhere(self, record: ParameterRecord, plan: TilePlan) -> Fetch | None:
         """How to get at the factors of a tile that another rank keeps; None if it is this one."""
-        if not record.route.rule.has_bases or self._membership is None:
+        alone = self._membership is None or record.sharding is not None
+        if alone or not record.route.rule.has_bases:
             return None
         if (record.index, plan.ordinal) not in self._owners:  # it was frozen, or is so still
             dtype = state_dtype(record.parameter)

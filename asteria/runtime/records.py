@@ -222,12 +222,16 @@ class ParameterRecord(_Referable):
         return self.sharding.gradient if self.sharding.exact else self.sharding.local_gradient
 
     @property
-    def local_gradient(self) -> Tensor | None:
-        """What this process has of it, of the shape of ``weight``."""
+    def seen_gradient(self) -> Tensor | None:
+        """What this process has of it when a step begins: of the shape of ``weight``.
+
+        In place of an empty one, of which other ranks may have more, a single zero.
+        """
         gradient = self.parameter.grad
         if self.sharding is None or gradient is None:
             return gradient
-        return self.sharding.take_gradient(gradient)
+        gradient = self.sharding.take_gradient(gradient)
+        return gradient if gradient.numel() else gradient.new_zeros(1)
 
     @property
     def has_moments(self) -> bool:

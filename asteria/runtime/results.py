@@ -15,6 +15,7 @@ from asteria.linalg.verified import Failures
 from asteria.refresh.pipeline import Flight, name_of
 from asteria.runtime.host_refresh import Refreshed
 from asteria.runtime.peers import Peers
+from asteria.runtime.records import ParameterRecord
 from asteria.runtime.transfer import Link, in_memory
 from asteria.runtime.units import Unit
 
@@ -38,6 +39,10 @@ class Exchange:
         """Whether other ranks have their part."""
         return self._peers.coherence is not None
 
+    def shares(self, record: ParameterRecord) -> bool:
+        """Whether other ranks have their part in refreshes of the record, which all install."""
+        return self.is_shared and record.sharding is None
+
     def owns(self, unit: Unit) -> bool:
         """Whether this rank refreshes the unit."""
         return self._peers.owner(unit) is None
@@ -45,7 +50,7 @@ class Exchange:
     def own(self, unit: Unit, version: int) -> tuple[int, Then | None]:
         """Launch a refresh here: its number, and what sends the result to the others."""
         coherence, subject = self._peers.coherence, name_of(unit, version)
-        if coherence is None:
+        if coherence is None or not self.shares(unit.record):
             return 0, None
         number = coherence.own()
 

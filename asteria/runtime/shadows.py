@@ -64,7 +64,8 @@ class Shadow(Distant):
         return [planner.WriteItem(index=metadata.MetadataIndex(fqn), type=whole)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.read().cpu().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        # Moved from a device, zeros would take their room.
+        return self._origin.on_host().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def show_flights(

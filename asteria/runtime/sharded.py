@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from asteria.runtime.guard import DeviceGuard, finite_flags, surely_finite
+from asteria.distributed.sharded_group import ShardGroup
 from asteria.runtime.owners import places
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.sharded_state import handed_over, saved_whole, show_shards
-from asteria.runtime.wholes import Wholes
+from asteria.runtime.wholes import Wholes, council
 
-__all__ = ["ShardedParameters"]
+__all__ = ["ShardedParameters", "Together"]
 
 Saved = Mapping[ParameterRecord, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """What all ranks decide together on the gradients of a step. For the training thread."""
+
+    council: ShardGroup
+    present: dict[int, str]
+    """Numbers and names of the parameters that are stepped."""
+    parameters: int
+    """How many the optimizer has."""
+
+    @classmethod
+    def of(cls, records: Sequence[ParameterRecord], parameters: int) -> Together | None:
+        """None if none of ``records`` is sharded. Raises CoherenceError."""
+        if all(record.sharding is None for record in records):
+            return None
+        present = {record.index: record.name for record in records}
+        return cls(council(records), present, parameters)
+
+    def reduce_(self, flags: Tensor) -> None:
+        """Make ``flags`` (bool), one for each name, those of all ranks; the host does not wait."""
+        self.council.reduce_flags_(flags)
+
+    def agree(self, bad: Collection[str]) -> list[str]:
+        """Names of those whose gradient is bad on any rank; raises CoherenceError."""
+        mine = [number for number, name in self.present.items() if name in bad]
+        found = self.council.agree_on_gradients(self.present, mine, self.parameters)
+        return [self.present[number] for number in found]
 
 
 class ShardedParameters:
@@ -28,6 +58,7 @@ class ShardedParameters:
         self.wholes = Wholes(start)
         self._exact: set[ParameterRecord] = set()
         """Those that have state, here or elsewhere."""
+        self._any = False
 
     def admit(
         self,
@@ -40,6 +71,7 @@ class ShardedParameters:
         Those that were here before and get another place (what is multiplied together depends on
         which parameters there are) have been ``discard``ed. States come to their owners.
         """
+        self._any = self._any or any(record.sharding is not None for record in records)
         arrivals = [record for record in records if record.is_exact]
         if not arrivals:
             return records, saved
@@ -64,6 +96,11 @@ class ShardedParameters:
                 show_shards(record)
 
     @property
+    def exist(self) -> bool:
+        """Whether any parameter with state is sharded."""
+        return self._any
+
+    @property
     def elsewhere(self) -> set[ParameterRecord]:
         """Those whose state another rank has."""
         return {record for record in self._exact if not record.is_here}
@@ -73,44 +110,6 @@ class ShardedParameters:
         gone = set(records)
         self._exact -= gone
         self.wholes.forget(gone)
-
-    def judge(
-        self,
-        records: Sequence[ParameterRecord],
-        guard: DeviceGuard,
-        *,
-        parameters: int,
-        ready: bool,
-    ) -> tuple[list[str], Tensor | None]:
-        """(names of those with a non-finite gradient on any rank, gate); all ranks get the same.
-
-        On devices that are ``ready`` the ``guard`` gates the step without waiting for them, and
-        nothing is known yet. ``parameters``: how many the optimizer has. Raises CoherenceError.
-        """
-        gradients = _gradients(records)
-        on_host = all(gradient.is_cpu for gradient in gradients)
-        if ready and not on_host:
-            return [], self._gate(records, guard)
-        bad: list[int] = []
-        if not (on_host and surely_finite(gradients)):
-            numbers, flags = finite_flags([str(record.index) for record in records], gradients)
-            bad = [int(n) for n, ok in zip(numbers, flags.tolist(), strict=True) if not ok]
-        present = {record.index: record.name for record in records}
-        bad = self.wholes.council(records).agree_on_gradients(present, bad, parameters)
-        return [present[number] for number in bad], None
-
-    def _gate(self, records: Sequence[ParameterRecord], guard: DeviceGuard) -> Tensor:
-        names = [record.name for record in records]
-        return guard.gate(_gradients(records), names, self.wholes.council(records).reduce_flags_)
-
-
-def _gradients(records: Sequence[ParameterRecord]) -> list[Tensor]:
-    """What this rank has; empty ones, of which others may have more, as a single zero."""
-    return [
-        gradient if gradient.numel() else gradient.new_zeros(1)
-        for record in records
-        if (gradient := record.local_gradient) is not None
-    ]
 
 
 def _place(record: ParameterRecord) -> object:

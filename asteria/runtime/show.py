@@ -113,7 +113,7 @@ class _Elsewhere:
         values = []
         with self._lock:
             for part in self._settled():
-                fields = part.extent.door.read(part.extent.cells[self._life])
+                fields = part.extent.door.look(part.extent.cells[self._life])
                 start, stop = part.extent.place(part.start, part.stop, self._life)
                 values.append(fields[self._name][start:stop].to(self._device))
         # In memory of its own: who saves a view saves all that it is a view of.

@@ -24,6 +24,7 @@ from asteria.runtime.updater import Updater, moves
 from asteria.store.cell import Cell
 from asteria.store.layout import Life
 from asteria.telemetry.counters import Counters
+from asteria.telemetry.phases import phase
 from asteria.telemetry.trace import Trace
 
 __all__ = ["Stepper"]
@@ -194,6 +195,7 @@ class Stepper:
             raise RuntimeError("there are no refreshes beside the training")
         return self._background
 
+    @phase("install")
     def _install_(self, chunk: Chunk) -> None:
         start = self._clock()
         bound = _bound(self._config.start, chunk.hyper)
@@ -203,6 +205,7 @@ class Stepper:
         self._counters.install_s += end - start
         self._draw("installs", "install", start, end)
 
+    @phase("first_bases")
     def _begin_(self, chunk: Chunk, lives: Sequence[Life], gate: Tensor | None) -> None:
         """First statistics and bases."""
         self._updater.begin_(chunk, lives, gate)
@@ -233,6 +236,7 @@ class Stepper:
         # Where early rounds are too dear to take place, early waits are as well.
         return self._is_young(chunk) and chunk.hyper.young_stride == 1
 
+    @phase("refresh")
     def _refresh_now_(self, chunk: Chunk, gate: Tensor | None) -> None:
         start = self._clock()
         first = all(t.record.versions[t.plan.ordinal] <= t.record.born for t in chunk.tiles)

@@ -19,6 +19,7 @@ from asteria.runtime.records import ParameterRecord
 from asteria.runtime.rows import parts_of, state_of
 from asteria.runtime.weights import apply_, gather, normalize_
 from asteria.store.layout import FieldSpec, Layout, Life
+from asteria.telemetry.phases import phase
 
 __all__ = ["Updater", "moves", "moves_at_once", "scale_of"]
 
@@ -75,6 +76,7 @@ class Updater:
         tensors = key.rule.contributed_tensors(key.shape)
         ledger.open(layout, tensors, chunk.extent.cells[Life.SUM].home)
 
+    @phase("update")
     def update_(
         self,
         chunk: Chunk,

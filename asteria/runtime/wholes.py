@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 import torch.distributed
@@ -17,9 +18,22 @@ from asteria.runtime.sharding import Sharding
 from asteria.runtime.updater import scale_of
 from asteria.runtime.weights import apply_shards_
 
-__all__ = ["Wholes"]
+__all__ = ["Wholes", "council"]
 
 Updates = Mapping[ParameterRecord, Update]
+
+
+def council(records: Iterable[ParameterRecord]) -> ShardGroup:
+    """The ranks that step these sharded parameters together.
+
+    Those of the mesh that all other meshes are parts of (experts have meshes of their own), or
+    else all that there are.
+    """
+    meshes = {r.sharding.layout.ranks for r in records if r.sharding is not None}
+    largest = max(meshes, key=lambda ranks: (len(ranks), ranks))
+    if all(set(ranks) <= set(largest) for ranks in meshes):
+        return group_of(largest)
+    return group_of(tuple(range(torch.distributed.get_world_size())))
 
 
 class Wholes:
@@ -33,70 +47,66 @@ class Wholes:
         self._start = start
         self._scales: dict[ParameterRecord, float | None] = {}
         """Of the update that is to be sent back; stays when a step is interrupted."""
-        self._gathered: list[tuple[list[tuple[ParameterRecord, int]], Transit]] = []
-        """Gradients under way: (record, position of the sender) of each parcel."""
-
-    def council(self, records: Iterable[ParameterRecord]) -> ShardGroup:
-        """The ranks that step these sharded parameters together.
-
-        Those of the mesh that all other meshes are parts of (experts have meshes of their own), or
-        else all that there are.
-        """
-        meshes = {r.sharding.layout.ranks for r in records if r.sharding is not None}
-        largest = max(meshes, key=lambda ranks: (len(ranks), ranks))
-        if all(set(ranks) <= set(largest) for ranks in meshes):
-            return group_of(largest)
-        return group_of(tuple(range(torch.distributed.get_world_size())))
 
     def step(
         self,
         updates: Updates,
         gate: Tensor | None,
-        own: Callable[[Updates, Tensor | None], None],
+        own: Callable[[], None],
         ended: set[ParameterRecord],
     ) -> None:
-        """A step of which ``own`` is what this rank does by itself; it begins with `arrive`.
+        """A step of which ``own`` is what this rank does by itself.
 
         Raises what ``own`` raises, on the other ranks a CoherenceError. The next step on all ranks
         completes it then, and ``ended`` has what it is not to do again.
         """
-        self.begin(updates)
+        exact = [record for record in updates if record.is_exact]
+        if not exact:
+            own()
+            _forget_gradients(updates)
+            return
+        before = {record: (record.steps, record.begun) for record in exact}
         try:
-            own(updates, gate)
-        except Exception:
-            self.fail(updates)
-            raise
-        try:
-            self.finish(updates, gate)
-        except CoherenceError:
-            ended.update(updates)
-            raise
+            self._begin(exact, updates)
+            try:
+                own()
+            except Exception as error:
+                ended.update(r for r in exact if before[r] != (r.steps, r.begun))
+                if not isinstance(error, CoherenceError):  # else there is nobody to be told
+                    self._council_fails(exact)
+                raise
+            if failed := council(exact).failed_ranks(failed=False):
+                ended.update(updates)
+                raise CoherenceError(
+                    f"rank {', '.join(map(str, failed))} could not complete its part of the step, "
+                    "and says why; no sharded weight was changed. Once its cause is gone, the next "
+                    "step on all ranks completes it"
+                )
+            for members in _by_mesh(exact):
+                self._deliver(members, updates, gate)
+        finally:
+            _forget_gradients(updates)
 
-    def begin(self, updates: Updates) -> None:
-        """Begin to send the gradients of exact parameters to their owners.
+    def _council_fails(self, exact: Sequence[ParameterRecord]) -> None:
+        """Tell the others, who wait for it, that this rank's part of the step has failed."""
+        with suppress(CoherenceError):  # what has failed here is what matters
+            council(exact).failed_ranks(failed=True)
 
-        Raises CoherenceError; nothing has changed then.
-        """
-        self._gathered = []
-        for members in _by_mesh(updates):
+    def _begin(self, exact: Sequence[ParameterRecord], updates: Updates) -> None:
+        """Bring the gradients of exact parameters to their owners; nothing changes if it raises."""
+        under_way: list[tuple[list[tuple[ParameterRecord, int]], Transit]] = []
+        for members in _by_mesh(exact):
             for record in members:
                 if record not in self._scales:
                     hyper = updates[record].hyper
                     self._scales[record] = scale_of(self._start, record, hyper)
-            tags: list[tuple[ParameterRecord, int]] = []
-            parcels: list[Parcel] = []
-            for record in members:
-                for tag, parcel in _gradient_parcels(record):
-                    tags.append((record, tag))
-                    parcels.append(parcel)
-            exchange = group_of(_of(members[0]).layout.ranks).exchange
+            sent = [(record, *given) for record in members for given in _gradient_parcels(record)]
             kinds = [_gradient_kind(record) for record in members]
-            self._gathered.append((tags, exchange.send(kinds, parcels, "gathering gradients")))
-
-    def arrive(self) -> None:
-        """Take the gradients of those that this rank owns; raises CoherenceError."""
-        gathered, self._gathered = self._gathered, []
-        for tags, transit in gathered:
+            exchange = group_of(_of(members[0]).layout.ranks).exchange
+            parcels = [parcel for _, _, parcel in sent]
+            transit = exchange.send(kinds, parcels, "gathering gradients")
+            under_way.append(([(record, source) for record, source, _ in sent], transit))
+        for tags, transit in under_way:
             for place, part in transit.wait().items():
                 record, source = tags[place]
                 sharding = _of(record)
@@ -107,34 +117,6 @@ class Wholes:
                     dtype = state_dtype(record.parameter)
                     sharding.change = torch.empty(record.shape, dtype=dtype, device=record.device)
                 sharding.gradient[sharding.layout.boxes[source]].copy_(part)
-
-    def fail(self, updates: Updates) -> None:
-        """This rank's part of the step has failed: tell the others, who wait for it."""
-        exact = [record for record in updates if record.is_exact]
-        if exact:
-            self.arrive()
-            self.council(exact).failed_ranks(failed=True)
-            self._forget_gradients(updates)
-
-    def finish(self, updates: Updates, gate: Tensor | None) -> None:
-        """Send the updates of exact parameters back, and apply them to this rank's shards.
-
-        Raises CoherenceError if another rank has failed; no weight has changed then, and the next
-        step completes what is missing.
-        """
-        exact = [record for record in updates if record.is_exact]
-        if exact:
-            failed = self.council(exact).failed_ranks(failed=False)
-            if failed:
-                self._forget_gradients(updates)
-                raise CoherenceError(
-                    f"rank {', '.join(map(str, failed))} could not complete its part of the step, "
-                    "and says why; no sharded weight was changed. Once its cause is gone, the next "
-                    "step on all ranks completes it"
-                )
-            for members in _by_mesh(exact):
-                self._deliver(members, updates, gate)
-        self._forget_gradients(updates)
 
     def _deliver(
         self, members: Sequence[ParameterRecord], updates: Updates, gate: Tensor | None
@@ -155,17 +137,18 @@ class Wholes:
             del self._scales[record]
             _of(record).change = None
 
-    def _forget_gradients(self, updates: Updates) -> None:
-        for record in updates:
-            if record.sharding is not None:
-                record.sharding.gradient = record.sharding.local_gradient = None
-
     def forget(self, records: Iterable[ParameterRecord]) -> None:
         """These have no state any more."""
         for record in records:
             self._scales.pop(record, None)
             if record.sharding is not None:
                 record.sharding.change = None
+
+
+def _forget_gradients(updates: Updates) -> None:
+    for record in updates:
+        if record.sharding is not None:
+            record.sharding.gradient = record.sharding.local_gradient = None
 
 
 def _of(record: ParameterRecord) -> Sharding:

@@ -73,10 +73,13 @@ class Values:
 
     def read(self) -> Tensor:
         """The values of now, to look at; raises StoreError."""
-        source, held = self.source, self._held
-        if source is not None:
-            return source.read().to(self.device)
-        return self.hold() if held is None else held
+        source = self.source
+        return self.hold() if source is None else source.read().to(self.device)
+
+    def on_host(self) -> Tensor:
+        """The values of now in host memory, to look at; raises StoreError."""
+        source = self.source
+        return (self.hold() if source is None else source.read()).cpu()
 
     def hold(self) -> Tensor:
         """The values in memory of their own from now on; raises StoreError."""

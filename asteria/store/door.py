@@ -116,14 +116,18 @@ class Door:
 
         Raises StoreCorruptError if what comes back is not what was written.
         """
+        return {name: field.clone() for name, field in self.look(cell).items()}
+
+    def look(self, cell: Cell) -> dict[str, Tensor]:
+        """The fields where they are, to be read before anything else happens; raises as `read`."""
         if cell.is_blank:
             return cell.zeros()
         self._homeward.wait_for(cell)
         if cell.near is not None:
             self._arrive(cell)
-            return cell.layout.views(cell.near.clone())
+            return cell.layout.views(cell.near)
         if cell.far is not None:
-            return cell.layout.views(cell.far.clone())
+            return cell.layout.views(cell.far)
         lease = cell.lease
         if lease is None:
             raise RuntimeError("a cell has no valid copy")

@@ -232,7 +232,7 @@ def test_assumptions_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch)
     cluster, network = scale.cluster_of(args), scale.network_of("ethernet", args)
     assert (cluster.node_size, cluster.device_bytes, cluster.host.free_cores) == (4, 9e9, 8)
     assert cluster.compute_flop_per_s == 3e14
-    assert cluster.host.seconds(64, 1, exact=False) == 0.125
+    assert cluster.host.seconds(64, 1, method="qr") == 0.125
     assert network.inter == Speed(7e9, NETWORKS["ethernet"].inter.latency_s)
     assert network.intra == NETWORKS["ethernet"].intra
 
@@ -240,7 +240,7 @@ def test_assumptions_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch)
 def test_a_probed_machine_is_taken(tmp_path: Path) -> None:
     save_machine(Machine(refresh_s=((64, 0.25),), math_threads=2), tmp_path / "probe.json")
     cluster = scale.cluster_of(scale.parse_arguments(["--machine", str(tmp_path / "probe.json")]))
-    assert cluster.host.seconds(64, 1, exact=False) == 0.5
+    assert cluster.host.seconds(64, 1, method="qr") == 0.5
     assert cluster.host.free_cores == 12
     assert str(tmp_path) not in cluster.host.source
 

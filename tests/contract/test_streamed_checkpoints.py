@@ -273,14 +273,18 @@ def test_what_a_disk_has_lost_is_an_error_and_no_wrong_number(folder: Path, tmp_
     optimizer.close()
 
 
-def test_asynchronous_saves_have_the_values_of_their_step(folder: Path, tmp_path: Path) -> None:
-    """Their stager copies what it is given, by ways that only memory knows."""
+@pytest.mark.parametrize("stager", ["default", "writer"])
+def test_asynchronous_saves_have_the_values_of_their_step(stager: str, tmp_path: Path) -> None:
+    """Their stagers, of which older versions have the second, copy what is in memory."""
+    where: dict[str, Any] = {"checkpoint_id": tmp_path / "saved"}
+    if stager == "writer":
+        where = {"storage_writer": dcp.FileSystemWriter(tmp_path / "saved")}
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         run, still, resumed = (Run() for _ in range(3))
         for each in (run, still):
             each.train(0, SAVED)
-        pending: Any = dcp.async_save(run.state(), checkpoint_id=tmp_path / "saved")
+        pending: Any = dcp.async_save(run.state(), **where)
         run.train(SAVED, STEPS)
         pending.result()
         resumed.train(0, 2)

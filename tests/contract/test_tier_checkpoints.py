@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from asteria import CheckpointError, RuntimeConfig, StoreFullError
 from asteria.optim.optimizer import SecondOrderOptimizer
 from asteria.store.cell import Home
 from tests.contract.test_state_on_tiers import CASES, EXTENT_BYTES, all_of, elsewhere, on_the_device
-from tests.support.arms import over_optimizers
+from tests.support.arms import OPTIMIZERS, PERIOD, over_optimizers
 from tests.support.asynchronous import flying
 from tests.support.execution import ManualExecutor, directed
 from tests.support.tiers import ARRANGEMENTS, arranged, homes, limit_extents
@@ -30,12 +37,12 @@ def small_extents(monkeypatch: pytest.MonkeyPatch) -> None:
     limit_extents(monkeypatch, EXTENT_BYTES)
 
 
-def trained(name: str, place: str) -> SecondOrderOptimizer:
+def trained(name: str, place: str, steps: int = MIDDLE) -> SecondOrderOptimizer:
     if place == "device":
         optimizer = directed(CASE.build(name), ManualExecutor())
-        CASE.train(optimizer, range(MIDDLE))
+        CASE.train(optimizer, range(steps))
         return optimizer
-    return elsewhere(CASE, name, ARRANGEMENTS[place], MIDDLE)[0]
+    return elsewhere(CASE, name, ARRANGEMENTS[place], steps)[0]
 
 
 def twin_of(optimizer: SecondOrderOptimizer, place: str) -> SecondOrderOptimizer:
@@ -64,6 +71,34 @@ def test_a_state_is_loaded_from_any_tier_to_any_tier(source: str, target: str) -
     expected = on_the_device(CASE, "SOAP", END)
     assert_same_bits(all_of(twin), expected)
     assert_same_bits(all_of(optimizer), expected)
+
+
+PAIRS = [(source, target) for source in PLACES for target in PLACES]
+WINDOW = range(MIDDLE, MIDDLE + 2 * PERIOD)
+"""Two periods, in which every matrix has something in flight at times."""
+
+
+@pytest.mark.parametrize("turn", range(len(PAIRS)), ids=lambda turn: "->".join(PAIRS[turn]))
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_so_it_is_through_distributed_checkpoints(turn: int, tmp_path: Path) -> None:
+    """Optimizers and steps of a window take turns over the pairs of places."""
+    (source, target), name = PAIRS[turn], list(OPTIMIZERS)[turn % 3]
+    steps = WINDOW[turn * 5 % len(WINDOW)]
+    optimizer = trained(name, source, steps)
+    twin = twin_of(optimizer, target)
+    models = [nn.ParameterList(o.param_groups[0]["params"]) for o in (optimizer, twin)]
+    options = StateDictOptions(flatten_optimizer_state_dict=bool(turn % 2))
+    saved = get_optimizer_state_dict(models[0], optimizer, options=options)
+    dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
+    template = {"optimizer": get_optimizer_state_dict(models[1], twin, options=options)}
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(models[1], twin, template["optimizer"], options=options)
+    models[1].load_state_dict(models[0].state_dict())  # a first step may have moved them
+    assert_same_bits(all_of(twin), all_of(optimizer))
+    for each in (twin, optimizer):
+        CASE.train(each, range(steps, END))
+    assert_same_bits(all_of(twin), all_of(optimizer))
+    assert_same_bits(all_of(optimizer), on_the_device(CASE, name, END))
 
 
 def test_a_state_may_be_loaded_where_it_came_from() -> None:

@@ -10,8 +10,7 @@ import torch.distributed as dist
 
 from asteria.errors import CoherenceError, ConfigError, NonFiniteGradientError, StoreError
 from asteria.runtime.engine import Engine
-from asteria.runtime.guard import DeviceGuard
-from asteria.runtime.sharded import ShardedParameters
+from asteria.runtime.sharded import Together
 from asteria.runtime.stepper import Stepper
 from tests.distributed.fans import Arrays, Parts, Run, build, differing
 from tests.support.processes import gather
@@ -35,26 +34,18 @@ class Failing(Stepper):
         super().step(work, *rest)
 
 
-class Gated(ShardedParameters):
+class Gated(Engine):
     """Decides as on an accelerator, where the host does not wait for the gradients."""
 
-    def judge(self, records: Any, guard: DeviceGuard, *, parameters: int, ready: bool) -> Any:
-        """See `ShardedParameters`."""
-        if ready:
-            return [], self._gate(records, guard)
-        return super().judge(records, guard, parameters=parameters, ready=ready)
-
-
-class GatedEngine(Engine):
-    """The same without shards."""
-
-    def accepts(self, names: Any, gradients: Any, *, ready: bool) -> Any:
+    def accepts(
+        self, names: Any, gradients: Any, *, ready: bool, together: Together | None = None
+    ) -> Any:
         """See `Engine`."""
         if not ready:
-            return super().accepts(names, gradients, ready=ready)
+            return super().accepts(names, gradients, ready=ready, together=together)
         self._counters.steps += 1
-        self._collect_verdicts(wait=False)
-        return True, self._guard.gate(gradients, names)
+        self._collect_verdicts(wait=True)
+        return True, self._guard.gate(gradients, names, together)
 
 
 def spoil(run: Run, rank: int) -> None:
@@ -76,7 +67,7 @@ def skipping(rank: int, *, gated: bool) -> tuple[int, Parts]:
     """Skipped steps of a run in which one is bad, and its weights."""
     run = Run("SOAP", (RANKS,), runtime={"nonfinite": "skip"})
     if gated:
-        run.optimizer._engine._sharded.__class__ = Gated
+        run.optimizer._engine.__class__ = Gated
     for step in range(6):
         run.backward(step)
         if step == 2:
@@ -180,7 +171,7 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all(results: list[dict[str, An
 
 def test_a_gate_on_the_device_closes_on_all_ranks(results: list[dict[str, Any]]) -> None:
     run = Run("SOAP", runtime={"nonfinite": "skip"})
-    run.optimizer._engine.__class__ = GatedEngine
+    run.optimizer._engine.__class__ = Gated
     for step in range(6):
         run.backward(step)
         if step == 2:

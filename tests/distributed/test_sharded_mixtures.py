@@ -22,7 +22,10 @@ from tests.distributed.fans import OPTIMIZERS, Fan, Run, build, differing
 from tests.support.processes import gather
 
 STEPS = 8
-PLAIN = "norm.weight"
+LOCAL = ("layers.0", "layers.1")
+EXACT = ("table", "layers.3")
+PLAIN = ("norm.weight", "norm.bias", "layers.2.weight", "layers.2.bias", "experts")
+"""Replicated: every rank steps them, and their factors have an owner among the ranks."""
 CLIP = 1e9
 """The norm is what is looked at: a real clip rounds differently on every number of ranks."""
 
@@ -36,25 +39,25 @@ class Mixed(Run):
         own: dict[str, Any] = {}
         if sharded:
             self.mesh = init_device_mesh("cpu", (2,))
-            ignored = {self.model.get_parameter(PLAIN)}
-            fully_shard(self.model, mesh=self.mesh, ignored_params=ignored)
+            for name in LOCAL + EXACT:
+                fully_shard(self.model.get_submodule(name), mesh=self.mesh)
             own = {"shards": "local"}
         named = list(self.model.named_parameters())
-        layers = [(n, p) for n, p in named if n.startswith("layers")]
-        others = [(n, p) for n, p in named if not n.startswith("layers")]
-        groups = [{"params": others}, {"params": layers, **own}]
+        local = [(n, p) for n, p in named if n.startswith(LOCAL)]
+        others = [(n, p) for n, p in named if not n.startswith(LOCAL)]
+        groups = [{"params": others}, {"params": local, **own}]
         # Asynchronous refreshes of all blocks take turns, and local blocks are other ones.
         self.optimizer = build("SOAP", groups, {"refresh": "sync"})
 
     def backward(self, step: int) -> None:
         """Clipped, too."""
         super().backward(step)
-        plain = self.model.get_parameter(PLAIN).grad
-        if self.mesh is not None and plain is not None:
-            dist.all_reduce(plain)
-            plain /= 2
+        for plain in (self.model.get_parameter(name).grad for name in PLAIN):
+            if self.mesh is not None and plain is not None:
+                dist.all_reduce(plain)
+                plain /= 2
         # torch does not clip plain and sharded gradients together.
-        clipped = [p for n, p in self.model.named_parameters() if n != PLAIN]
+        clipped = [p for n, p in self.model.named_parameters() if n not in PLAIN]
         self.norm = nn.utils.clip_grad_norm_(clipped, CLIP)
 
 
@@ -89,7 +92,7 @@ def mixed(rank: int) -> dict[str, Any]:
         "norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
         "rows": {row.name: (row.shards, row.owner) for row in run.optimizer.describe().rows},
         "table": str(run.optimizer.describe()).splitlines()[0],
-        "plain": run.model.get_parameter(PLAIN).detach().numpy().copy(),
+        "plain": {n: run.model.get_parameter(n).detach().numpy().copy() for n in PLAIN},
         "table.weight": run.model.table.weight.full_tensor().detach().numpy(),  # type: ignore[operator]
         "keys": list(run.optimizer.state_dict()["state"]),
     }
@@ -153,9 +156,10 @@ def test_plain_exact_and_local_parameters(results: list[dict[str, Any]]) -> None
         wanted = run.model.get_parameter("table.weight").detach().numpy()
         assert np.array_equal(found["table.weight"], wanted)
         # In the other run it is in a vector with others, and their lengths decide the last bits.
-        wanted = run.model.get_parameter(PLAIN).detach().numpy()
-        assert np.allclose(found["plain"], wanted, atol=1e-5, rtol=0)
-    assert np.array_equal(results[0]["plain"], results[1]["plain"])
+        for name, values in found["plain"].items():
+            wanted = run.model.get_parameter(name).detach().numpy()
+            assert np.allclose(values, wanted, atol=1e-5, rtol=0), name
+            assert np.array_equal(values, results[0]["plain"][name]), "replicas do not drift"
 
 
 def test_sums_of_gradients_in_another_order(results: list[dict[str, Any]]) -> None:
@@ -178,10 +182,10 @@ def test_the_table_tells_who_steps_what(results: list[dict[str, Any]]) -> None:
     for found in results:
         rows = found["rows"]
         assert rows == results[0]["rows"]
-        assert rows[PLAIN] == ("", None)
+        assert {rows[name] for name in PLAIN} == {("", None)}
         assert rows["layers.0.weight"] == ("local", None)
         assert rows["table.weight"][0] == "exact"
-        assert {rows["table.weight"][1], rows["experts"][1]} == {0, 1}
+        assert {rows["table.weight"][1], rows["layers.3.weight"][1]} == {0, 1}
         assert found["table"].split()[-2:] == ["shards", "owner"]
 
 

@@ -3,6 +3,7 @@
 import copy
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.profiler import ProfilerActivity, profile
 
+from asteria import RuntimeConfig
 from asteria.optim.optimizer import SecondOrderOptimizer
+from asteria.telemetry import phases
 from tests.integrations.settings import OPTIONS, STEPS, build, network, rows
 from tests.support.arms import OPTIMIZERS, over_optimizers
 from tests.support.training import Bits, assert_same_bits, everything, weights
@@ -138,6 +141,37 @@ def test_the_profiler_shows_every_step(name: str) -> None:
     calls = {event.key: event.count for event in profiler.key_averages()}
     assert calls[f"Optimizer.step#{name}.step"] == 4
     assert calls[f"Optimizer.zero_grad#{name}.zero_grad"] == 4
+
+
+PHASES = {"update", "first_bases", "refresh", "launch", "wait", "install", "acquire"}
+
+
+def test_the_profiler_names_the_phases_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    runtime = RuntimeConfig(host_budget=0, nvme_path=tmp_path)
+    optimizer = build("SOAP", model.parameters(), runtime=runtime)
+
+    def train(steps: int) -> None:
+        for batch in rows(steps):
+            optimizer.zero_grad()
+            backward(model, batch)
+            optimizer.step()
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        train(24)
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    assert {key.partition(".")[2] for key in calls if key.startswith("asteria.")} == PHASES
+    assert calls["asteria.wait"] == 24
+    assert calls["asteria.update"] >= 24
+
+    def unused(*_: object) -> None:
+        raise AssertionError("nobody looks")
+
+    monkeypatch.setattr(phases, "record_function", unused)
+    train(3)
+    optimizer.close()
 
 
 class Lookahead(torch.optim.Optimizer):

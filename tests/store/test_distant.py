@@ -67,6 +67,12 @@ def test_what_it_is_like_is_told_without_reading(look: str) -> None:
     assert place.reads == 0
 
 
+def test_writers_of_older_torch_ask_for_elements() -> None:
+    place = Place()
+    assert distant(place).storage().size() == VALUE.numel()
+    assert place.reads == 0
+
+
 def test_whoever_has_it_detached_and_on_the_host_has_not_read_it() -> None:
     place = Place()
     aliases = [distant(place).detach(), distant(place).cpu(), distant(place).to("cpu")]
