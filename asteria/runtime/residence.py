@@ -29,6 +29,7 @@ from asteria.store.pressure import (
 )
 from asteria.store.residency import WINDOWS, Budgets, Item, place, rewritten_bytes
 from asteria.store.tier import Tier
+from asteria.store.unified import shared_way
 from asteria.telemetry.counters import Traffic
 
 __all__ = ["Residence", "open_nvme"]
@@ -82,6 +83,8 @@ class Residence:
             courier: Courier
             if device.type == "cpu" and self._is_host(device):
                 near, courier = self._host, HostCourier(self._tier, self.traffic)
+            elif self._is_host(device):
+                near, courier = shared_way(device, self._lane, self._nvme, self.traffic)
             else:
                 near = Buffers(device_memory(device))
                 courier = DeviceCourier(self._lane(device), self._pinned, self._tier, self.traffic)

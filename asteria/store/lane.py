@@ -40,6 +40,9 @@ class Lane(Protocol):
     def download(self, source: Tensor, host: Tensor) -> Marker:
         """Copy to the host what the device has computed so far; neither may change until done."""
 
+    def mark(self) -> Marker:
+        """What the device has been asked to compute so far."""
+
     def give_way(self, leaving: Marker) -> None:
         """Let what the device computes and uploads next come after a download.
 
@@ -72,6 +75,10 @@ class DeviceLane:
         with current_stream(self._down):
             host.copy_(source, non_blocking=True)
         return self._down.record_event()
+
+    def mark(self) -> Marker:
+        """See `Lane`."""
+        return torch.accelerator.current_stream(self._device).record_event()
 
     def give_way(self, leaving: Marker) -> None:
         """See `Lane`."""

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from asteria.store.buffers import Buffers, host_memory
 from asteria.store.cell import Cell, Home
-from asteria.store.courier import DeviceCourier, HostCourier
+from asteria.store.courier import Courier, DeviceCourier, HostCourier
 from asteria.store.door import Door
 from asteria.store.layout import FieldSpec, Layout
+from asteria.store.unified import UnifiedCourier
 from asteria.telemetry.counters import Traffic
 from tests.support.tiers import CheckedLane, CheckedTier
 
@@ -20,7 +21,7 @@ HOMES = [Home.DEVICE, Home.PINNED, Home.NVME]
 class Place:
     """A door, and everything behind it.
 
-    Without a ``lane`` the device computes in host memory.
+    Without a ``lane`` the device computes in host memory; ``unified``: in its own order.
     """
 
     def __init__(
@@ -30,17 +31,23 @@ class Place:
         lane: CheckedLane | None = None,
         host_bytes: int | None = None,
         tier: Any = None,
+        unified: bool = False,
     ) -> None:
         self.tier = CheckedTier() if tier is None else tier
         self.traffic = Traffic()
         self.near = Buffers(host_memory, budget_bytes)
         self.host = Buffers(host_memory, host_bytes)
         self.lane = lane
-        courier = (
-            HostCourier(lambda: self.tier, self.traffic)
-            if lane is None
-            else DeviceCourier(lane, self.host, lambda: self.tier, self.traffic)
-        )
+        courier: Courier
+        if unified:
+            marks = CheckedLane()
+            courier = UnifiedCourier(
+                lambda: marks, lambda: self.tier, self.traffic, face=lambda near: near
+            )
+        elif lane is None:
+            courier = HostCourier(lambda: self.tier, self.traffic)
+        else:
+            courier = DeviceCourier(lane, self.host, lambda: self.tier, self.traffic)
         self.door = Door(self.near, courier, self.traffic)
 
     def cell(self, home: Home = Home.NVME, value: float | None = None) -> Cell:

@@ -20,10 +20,19 @@ def on_device() -> Place:
     return Place(lane=CheckedLane())
 
 
+def on_both() -> Place:
+    return Place(unified=True)
+
+
 over_ways = pytest.mark.parametrize(
     ("make", "home"),
-    [(on_host, Home.NVME), (on_device, Home.PINNED), (on_device, Home.NVME)],
-    ids=["host-nvme", "device-pinned", "device-nvme"],
+    [
+        (on_host, Home.NVME),
+        (on_device, Home.PINNED),
+        (on_device, Home.NVME),
+        (on_both, Home.NVME),
+    ],
+    ids=["host-nvme", "device-pinned", "device-nvme", "unified-nvme"],
 )
 
 
@@ -256,7 +265,7 @@ def test_a_failed_write_keeps_the_state_in_memory_and_is_tried_again(
         pytest.skip("nothing is written")
     place = make()
     # Where it cannot even begin, `flush` is another try.
-    failures = 4 if fault == "full" and place.lane is None else 2
+    failures = 4 if fault == "full" and make is on_host else 2
     place.tier = FaultyTier(fault, 1, failures)
     cell = place.cell(home, 1.0)
     for value in (2.0, 3.0):

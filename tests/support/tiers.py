@@ -162,6 +162,25 @@ class CheckedDownload(CheckedCopy):
         self.wait()
 
 
+class CheckedMark:
+    """A point that the device has come to when somebody waits for it, or asks twice."""
+
+    def __init__(self) -> None:
+        self.passed = False
+        self._polls = 2
+
+    def query(self) -> bool:
+        self._polls -= 1
+        self.passed |= self._polls <= 0
+        return self.passed
+
+    def synchronize(self) -> None:
+        self.passed = True
+
+    def wait(self, stream: Any = None) -> None:
+        raise MisuseError("the device was to wait for itself")
+
+
 class CheckedLane:
     """A link to a device that computes at once; copies end when they are waited for."""
 
@@ -190,6 +209,9 @@ class CheckedLane:
         self._down = {place: down for place, down in self._down.items() if not down._copied}
         started = self._down[host.data_ptr()] = CheckedDownload(source, host)
         return started
+
+    def mark(self) -> CheckedMark:
+        return CheckedMark()
 
     def give_way(self, leaving: Any) -> None:
         self.ways += 1
