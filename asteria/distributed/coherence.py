@@ -27,6 +27,8 @@ __all__ = ["Arrival", "Coherence"]
 T = TypeVar("T")
 
 _KIND = "basis"
+_REMEMBERED = 10_000
+"""Launches, of which results may still come."""
 
 
 class Arrival(Job[T], Generic[T]):
@@ -72,6 +74,8 @@ class Coherence:
         # Guarded by the lock:
         self._number = 0
         """Refreshes launched so far."""
+        self._launched: dict[int, tuple[str, int]] = {}
+        """(subject, owner) by number, of the latest."""
         self._early: dict[int, Letter] = {}
         """Results of refreshes that this rank has not launched yet."""
         self._expected: dict[int, Arrival[Any]] = {}
@@ -79,11 +83,20 @@ class Coherence:
         """Of results that this rank has sent or passed on."""
         post.on(_KIND, self._take)
 
-    def own(self) -> int:
+    def own(self, subject: str) -> int:
         """This rank launches a refresh: its number, the same on all ranks."""
         with self._lock:
-            self._number += 1
-            return self._number
+            number, early = self._count(subject, self._post.rank)
+        if early is not None:
+            self._check(early)
+        return number
+
+    def _count(self, subject: str, owner: int) -> tuple[int, Letter | None]:
+        """Number of a refresh that is launched, and its result if that is there already."""
+        self._number += 1
+        self._launched[self._number] = subject, owner
+        self._launched.pop(self._number - _REMEMBERED, None)
+        return self._number, self._early.pop(self._number, None)
 
     def expect(
         self, subject: str, owner: int, unpack: Callable[[Letter], T]
@@ -91,12 +104,11 @@ class Coherence:
         """Another rank launches a refresh: its number, and a job that is done when it has come."""
         arrival = Arrival(subject, owner, unpack, self._post)
         with self._lock:
-            self._number += 1
-            number, early = self._number, self._early.pop(self._number, None)
+            number, early = self._count(subject, owner)
             if early is None:
                 self._expected[number] = arrival
-        if early is not None:
-            self._hand_over(arrival, early)
+        if early is not None and self._check(early):
+            arrival.take(early)
         return number, arrival
 
     def publish(
@@ -123,23 +135,29 @@ class Coherence:
             arrival = self._expected.pop(letter.serial, None)
             if letter.serial > self._number:
                 self._early[letter.serial] = letter
-        if arrival is not None:
-            self._hand_over(arrival, letter)
-
-    def _hand_over(self, arrival: Arrival[Any], letter: Letter) -> None:
-        subject = letter.note["subject"]
-        if (arrival.owner, arrival.name) == (letter.author, subject):
+        if self._check(letter) and arrival is not None:
             arrival.take(letter)
-            return
-        arrival.fail(
+
+    def _check(self, letter: Letter) -> bool:
+        """Whether the letter is about what this rank has launched with that number.
+
+        If not, every wait for another rank ends with an error that says so.
+        """
+        found = letter.note["subject"], letter.author
+        with self._lock:
+            subject, owner = self._launched.get(letter.serial, found)
+        if (subject, owner) == found:
+            return True
+        name = self._post.name
+        self._post.fail(
             CoherenceError(
-                f"{self._post.name(self._post.rank)} expected {arrival.name} from "
-                f"{self._post.name(arrival.owner)} as number {letter.serial} of all refreshes, "
-                f"found {subject} from {self._post.name(letter.author)}: their schedules differ. "
-                "All ranks must step the same parameters, with the same options, and load the same "
-                "state; start them again from a checkpoint"
+                f"{name(self._post.rank)} has {subject}, of {name(owner)}, as number "
+                f"{letter.serial} of all refreshes, and {name(letter.author)} {found[0]}: their "
+                "schedules differ. All ranks must step the same parameters, with the same options, "
+                "and load the same state; start them again from a checkpoint"
             )
         )
+        return False
 
     def forget(self, number: int) -> None:
         """Nobody wants this result any more; it is dropped when it comes."""

@@ -127,6 +127,10 @@ class Post:
 
         return sent
 
+    def fail(self, error: CoherenceError) -> None:
+        """End all waits, those that are to come too, with this error."""
+        self._broken = error
+
     def take(self, source: int, received: Tensor | Exception) -> None:
         """What has come in; for the wire."""
         if isinstance(received, Exception):
@@ -173,6 +177,8 @@ class Post:
             return list(self._outstanding.values())
 
     def _check(self, suspects: list[int], waited_s: float, what: str) -> None:
+        if isinstance(self._broken, CoherenceError):
+            raise self._broken
         lost = [rank for rank in suspects if rank in self._lost]
         if lost or self._broken is not None:
             who, why = "the other ranks are", self._broken

@@ -52,7 +52,7 @@ class Exchange:
         coherence, subject = self._peers.coherence, name_of(unit, version)
         if coherence is None or not self.shares(unit.record):
             return 0, None
-        number = coherence.own()
+        number = coherence.own(subject)
 
         def publish(outcome: Refreshed | None, error: BaseException | None) -> None:
             coherence.publish(number, subject, *_written(outcome, error))

@@ -1,5 +1,6 @@
 """Results reach every rank once, whenever they are there, and are told apart."""
 
+import itertools
 import random
 
 import pytest
@@ -27,7 +28,7 @@ class Ranks:
     def launch(self, rank: int, subject: str, owner: int) -> tuple[int, Arrival[float] | None]:
         """One rank launches a refresh."""
         if rank == owner:
-            return self.all[rank].own(), None
+            return self.all[rank].own(subject), None
         return self.all[rank].expect(subject, owner, value)
 
 
@@ -89,18 +90,25 @@ def test_bytes_are_those_of_the_formula() -> None:
 
 
 def test_ranks_that_launch_different_refreshes_are_told_apart() -> None:
-    ranks = Ranks(Topology.even(2, 2))
-    ranks.launch(0, "refresh of a at step 3", 0)
-    _, arrival = ranks.launch(1, "refresh of b at step 3", 0)
-    publish(ranks, 0, 1, "refresh of a at step 3", 1.0)
-    ranks.network.deliver_all()
-    assert arrival is not None
-    with pytest.raises(
-        CoherenceError,
-        match="rank 1 expected refresh of b at step 3 from rank 0 as number 1 of all refreshes, "
-        "found refresh of a at step 3 from rank 0",
-    ):
-        arrival.outcome()
+    """Whoever owns what, and whether the result comes before the launch or after."""
+    owners = [(0, 0), (0, 1), (1, 0)]
+    for (real, believed), early in itertools.product(owners, [False, True]):
+        ranks = Ranks(Topology.even(2, 2))
+        ranks.launch(real, "refresh of a at step 3", real)
+        publish(ranks, real, 1, "refresh of a at step 3", 1.0)
+        other = 1 - real
+        if early:
+            ranks.network.deliver_all()
+        ranks.launch(other, "refresh of b at step 3", believed)
+        ranks.network.deliver_all()
+        _, arrival = ranks.launch(other, "refresh of c at step 3", real)
+        assert arrival is not None
+        with pytest.raises(
+            CoherenceError,
+            match=f"rank {other} has refresh of b at step 3, of rank {believed}, as number 1 of "
+            f"all refreshes, and rank {real} refresh of a at step 3",
+        ):
+            arrival.await_by(lambda job: None)
 
 
 def test_an_error_in_a_result_is_its_outcome() -> None:
@@ -138,7 +146,7 @@ def test_a_wait_for_a_rank_that_is_gone() -> None:
 def test_records_of_deliveries_do_not_pile_up() -> None:
     ranks = Ranks(Topology.even(2, 2))
     for n in range(1, 10):
-        ranks.all[0].own()
+        ranks.all[0].own("w")
         publish(ranks, 0, n, "w", 1.0)
         ranks.network.deliver_all()
     assert len(ranks.all[0]._deliveries) == 1
