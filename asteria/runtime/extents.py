@@ -79,7 +79,7 @@ def layouts(
     for life in Life:
         own = [spec for spec in fields if spec.life is life]
         count = blocks if kept is None or life is not Life.SUM else kept
-        if own and count:
+        if own and (count or not blocks):
             found[life] = Layout(own, count, dtype)
     return found
 

@@ -122,13 +122,13 @@ def test_auto_of_synchronous_refreshes_keeps_to_a_share_of_the_step(
     clock = Clock()
     runtime = RuntimeConfig(refresh="sync", start="eigh")
     optimizer, params = build(clock, runtime=runtime, precondition_frequency="auto")
-    refresh = optimizer._engine._stepper._inline.refresh_
+    refresh = optimizer._engine._stepper._inside._inline.refresh_
 
     def slow(*args: Any, **kwargs: Any) -> None:
         clock.now_s += 1.0
         refresh(*args, **kwargs)
 
-    monkeypatch.setattr(optimizer._engine._stepper._inline, "refresh_", slow)
+    monkeypatch.setattr(optimizer._engine._stepper._inside._inline, "refresh_", slow)
     steps(optimizer, params, clock, range(40))
     # 2 s of refreshes (two block shapes), steps of 1 s, a fifth of the time.
     assert optimizer.param_groups[0]["precondition_frequency"] == 10
@@ -202,13 +202,13 @@ def slow_rounds(
     optimizer: SOAP, clock: Clock, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("begin_", "refresh_"):
-        work = getattr(optimizer._engine._stepper._inline, name)
+        work = getattr(optimizer._engine._stepper._inside._inline, name)
 
         def slow(*args: Any, work: Callable[..., None] = work, **kwargs: Any) -> None:
             clock.now_s += seconds
             work(*args, **kwargs)
 
-        monkeypatch.setattr(optimizer._engine._stepper._inline, name, slow)
+        monkeypatch.setattr(optimizer._engine._stepper._inside._inline, name, slow)
 
 
 def test_dear_young_rounds_are_thinned_once_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
