@@ -70,7 +70,8 @@ class BackgroundRefresher:
         self.launcher = Launcher(
             config, counters, units, self.pipeline, self._stager, clock, exchange
         )
-        self.launcher.landing = lambda unit: len(self._landings.get(unit, ()))
+        landings = self._landings  # by itself: no ring of references keeps the optimizer
+        self.launcher.landing = lambda unit: len(landings.get(unit, ()))
 
     def admit(self, records: Iterable[ParameterRecord]) -> None:
         """Prepare for the refreshes of new records."""
