@@ -57,7 +57,7 @@ def test_the_condition_of_recorded_factors_reaches_a_million(streams: dict[str, 
 def test_it_is_the_qr_refresh_to_float32(
     streams: dict[str, Stream], name: str, side: str, stride: int
 ) -> None:
-    """Both differ from the refresh in float64, by about as much; how much depends on the threads."""
+    """Both differ from the refresh in float64; by how much depends on the threads, too."""
     moved, rounding = [], []
     for step, (factor, basis) in enumerate(followed(streams[name], side)):
         if step % stride:
