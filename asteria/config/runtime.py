@@ -32,6 +32,7 @@ _CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "install": (("scheduled", "ready"), ("scheduled", "ready")),
     "start": (get_args(Start), get_args(Start)),
     "state_dtype": ((torch.float32, torch.bfloat16),) * 2,
+    "factors": (("full", "packed", "rotated"), ("full",)),
     "nonfinite": (get_args(Nonfinite), get_args(Nonfinite)),
     "shards": (("exact", "local"), ("exact", "local")),
 }
@@ -138,6 +139,8 @@ class RuntimeConfig:
     """Storage type of the eigenbases (float64 for float64 parameters whatever is set here). With
     bfloat16 they take half the memory; products are in float32 all the same.
     """
+    factors: Literal["full", "packed", "rotated"] = "full"
+    """How Kronecker factors are kept: `"full"`, as square matrices."""
     nonfinite: Nonfinite = "raise"
     """A gradient with inf or nan: `"raise"`, or `"skip"` the step and count it."""
     trace: str | os.PathLike[str] | None = None

@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "nvme_budget": None,
     "nvme_path": None,
     "state_dtype": torch.float32,
+    "factors": "full",
     "nonfinite": "raise",
     "trace": None,
     "shards": "exact",
@@ -40,6 +41,7 @@ CHOICES: dict[str, tuple[list[Any], list[Any]]] = {
     "install": (["scheduled", "ready"], []),
     "start": (["fresh", "eigh", "adam"], []),
     "state_dtype": ([torch.float32, torch.bfloat16], []),
+    "factors": (["full"], ["packed", "rotated"]),
     "nonfinite": (["raise", "skip"], []),
     "shards": (["exact", "local"], []),
 }

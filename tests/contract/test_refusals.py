@@ -206,6 +206,7 @@ UNKNOWN_RUNTIME: dict[str, list[Any]] = {
     "nvme_budget": ["1e9", "1XiB"],
     "nvme_path": [3],
     "state_dtype": ["float32", torch.int8, None],
+    "factors": ["square", None],
     "nonfinite": ["ignore", None],
     "trace": [3],
     "shards": ["some", None],
