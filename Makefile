@@ -9,8 +9,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.demo  ## the main job: train a small GPT with AdamW, SOAP and KL-Shampoo
 	$(BIN)/python -m examples.train_gpt --optimizers adamw soap klshampoo
 
-test: $(VENV)/.test  ## all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.test  ## all tests, two files at a time
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 lint: $(VENV)/.lint  ## format, lint, types, floors
 	$(BIN)/ruff format --check .

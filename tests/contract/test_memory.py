@@ -110,9 +110,10 @@ def test_no_object_is_left_behind_by_a_step(arm: Arm) -> None:
     params = parameters([(3, 3), (4,), (2, 2, 2)], torch.bfloat16)
     optimizer = arm(params, stochastic_rounding=True, shampoo_beta=0.5)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    counts = []
-    for steps in (31, 90, 90):  # with one refresh of every unit in flight at each count
-        for step in range(steps):
+    counts: list[tuple[int, int]] = []
+    # What happens for the first time, such as a wait for a slow worker, may leave a counter.
+    while len(counts) < 3 or (counts[-1] != counts[-2] and len(counts) < 6):
+        for step in range(90 if counts else 31):  # one refresh of every unit is in flight then
             set_gradients(params, step)
             optimizer.step()
             scheduler.step()
@@ -120,7 +121,7 @@ def test_no_object_is_left_behind_by_a_step(arm: Arm) -> None:
         optimizer.close()  # nor does a worker that is about to wait hold anything
         counts.append(live_objects())
     assert counts[1][1] == counts[0][1]
-    assert counts[2] == counts[1]
+    assert counts[-1] == counts[-2]
 
 
 @over_arms
