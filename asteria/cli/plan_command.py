@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from asteria.config.runtime import RuntimeConfig, parse_bytes
 from asteria.optim.planning import OPTIMIZERS, plan
 from asteria.planner.architectures import MODELS
@@ -48,9 +50,13 @@ def add_plan(commands: argparse._SubParsersAction[Any], *, epilog: str) -> None:
         of_runtime.add_argument(option, metavar="SIZE", help="of state, such as 8GiB")
     of_runtime.add_argument("--nvme-path", metavar="FOLDER", help="of the NVMe tier")
     of_runtime.add_argument("--refresh", metavar="async|sync")
-    of_runtime.add_argument("--refresh-method", metavar="qr|eigh|auto")
+    of_runtime.add_argument("--refresh-method", metavar="qr|ldlr|eigh|auto")
+    of_runtime.add_argument("--refresh-on", metavar="host|device|auto")
     of_runtime.add_argument("--staleness", type=int, metavar="STEPS")
     of_runtime.add_argument("--workers", type=int, metavar="N", help="host threads for refreshes")
+    dtypes = ("float32", "bfloat16")
+    of_runtime.add_argument("--state-dtype", choices=dtypes, help="what eigenbases are stored in")
+    of_runtime.add_argument("--factors", metavar="full|packed|rotated", help="how they are kept")
 
     of_machine = parser.add_argument_group(
         "machine", "by default this one, with the rates that `asteria probe` has measured"
@@ -68,6 +74,8 @@ def _count_or_auto(text: str) -> int | str:
 
 def _run(options: dict[str, Any]) -> tuple[str, int]:
     as_json = options.pop("json", False)
+    if "state_dtype" in options:
+        options["state_dtype"] = getattr(torch, options["state_dtype"])
     runtime = RuntimeConfig(**{name: options.pop(name) for name in _RUNTIME if name in options})
     machine = _machine(options, runtime)
     step_s = options.pop("step_time", None)

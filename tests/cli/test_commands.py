@@ -87,6 +87,10 @@ def test_more_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     plain = as_json(capsys, *GPT2)["memory"]["state_bytes"]
     more = as_json(capsys, *GPT2, "--precondition-1d", "--merge-dims")["memory"]["state_bytes"]
     assert more > plain
+    narrow = as_json(capsys, *GPT2, "--state-dtype", "bfloat16")["memory"]["state_bytes"]
+    assert narrow < plain
+    aside = as_json(capsys, *GPT2, "--device-memory", "80GB", "--refresh-on", "device")
+    assert aside["refreshes"]["places"]["768x3072"] == "device ldlr"
     save_machine(Machine(cores=5), tmp_path / "m.json")
     assert as_json(capsys, *GPT2, "--machine", str(tmp_path / "m.json"))["machine"]["cores"] == 5
 
