@@ -65,7 +65,7 @@ class Engine(Judge):
             counters,
             Verdicts(counters, self._units),
             peers or Peers(config),
-            ShardedParameters(config.start),
+            ShardedParameters(config.start, node_size=config.node_size),
         )
         self._clock = clock
         self._extents: Extents = {}
@@ -117,6 +117,7 @@ class Engine(Judge):
         self._meet(members)
         self._placer.admit()
         records, saved = self._sharded.admit(records, given, self.discard)
+        self._residence.gathered_bytes = self._sharded.gathered_bytes
         self._residence.promises.keep()
         with self._residence.lock:
             elsewhere = self._peers.elsewhere
@@ -182,7 +183,7 @@ class Engine(Judge):
             self._background,
             self._governor,
             self._residence,
-            self._peers,
+            self._sharded.beside(self._peers.network()),
             self._all(),
         )
 
