@@ -140,6 +140,19 @@ class Peers:
             return ()
         return member.global_ranks or range(member.topology.size)
 
+    def failed_ranks(self, *, failed: bool) -> list[int]:
+        """Which ranks have failed in what all do, as every one of them tells; in the default group.
+
+        Raises CoherenceError where a rank does not tell. After `join`.
+        """
+        member = self._membership
+        if member is None or self.agreement is None:
+            return []
+        # Of negative numbers all bits are set but few.
+        mine = ~(1 << member.rank) if failed else -1
+        common = self.agreement.common(mine, "the other ranks to say whether they could load")
+        return [name for rank, name in enumerate(self._names) if not common >> rank & 1]
+
     def _credentials(self, everyone: Iterable[Member]) -> dict[str, str]:
         settings = {f.name: getattr(self._config, f.name) for f in fields(self._config)}
         common = {name: repr(v) for name, v in settings.items() if name not in _LOCAL}

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from asteria.distributed.sharded_group import ShardGroup
+from asteria.distributed.sharded_layout import is_sharded, mesh_ranks
 from asteria.distributed.sharded_traffic import ShardTraffic
 from asteria.runtime.owners import places
 from asteria.runtime.pieces import gathered_bytes
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.sharded_state import handed_over, saved_whole, show_shards
-from asteria.runtime.wholes import Wholes, council
+from asteria.runtime.wholes import Wholes, council, council_of
 from asteria.telemetry.counters import Network
 
 __all__ = ["ShardedParameters", "Together"]
@@ -120,6 +121,11 @@ class ShardedParameters:
         """``network`` with what sharded parameters have had to do with other ranks."""
         found = self.traffic.beside(network)
         return replace(found, gathered_peak_bytes=self.wholes.peak_bytes)
+
+    def failed_ranks(self, parameters: Iterable[Tensor], *, failed: bool) -> list[int]:
+        """Which ranks have failed in what all of ``parameters``'s do, as every one tells."""
+        meshes = {mesh_ranks(p) for p in parameters if is_sharded(p)}
+        return council_of(meshes).failed_ranks(failed=failed) if meshes else []
 
     def forget(self, records: Iterable[ParameterRecord]) -> None:
         """These have no state any more."""
