@@ -56,7 +56,8 @@ class Enquiries:
             self._questions[number] = question
         try:
             self._post.send(Letter(_ASK, number, self._post.rank, note), [rank])
-            self._post.wait(question.answered.wait, lambda: [rank], what, "state")
+            waited = f"{what} (all ranks must live until a state is saved, as by dist.barrier())"
+            self._post.wait(question.answered.wait, lambda: [rank], waited, "state")
         finally:
             with self._lock:
                 del self._questions[number]

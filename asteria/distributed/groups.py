@@ -22,7 +22,7 @@ import torch.distributed as dist
 from asteria.distributed.topology import Topology
 from asteria.errors import CoherenceError, ConfigError
 
-__all__ = ["Assembly", "assemble", "peer_group", "timeout_of"]
+__all__ = ["Assembly", "assemble", "node_labels", "peer_group", "timeout_of"]
 
 _DIGEST_BYTES = 16
 
@@ -136,6 +136,11 @@ def timeout_of(group: Any) -> float:
         if isinstance(timeout, timedelta):
             found.append(timeout)
     return max(found, default=dist.constants.default_pg_timeout).total_seconds()
+
+
+def node_labels(group: Any) -> list[bytes]:
+    """For each rank of ``group``, which all ask together, a label of its node."""
+    return [label for (label,) in _exchange(group, [_node_label()])]
 
 
 def _node_label() -> str:

@@ -8,7 +8,10 @@ from collections import Counter
 from asteria.distributed.topology import Link, Topology
 from asteria.telemetry.counters import LinkTraffic, Network, Waited
 
-__all__ = ["LinkCounters"]
+__all__ = ["ALL", "LinkCounters"]
+
+ALL = -1
+"""Who is waited for where all ranks do something together."""
 
 
 class LinkCounters:
@@ -17,6 +20,7 @@ class LinkCounters:
     def __init__(self, rank: int, topology: Topology) -> None:
         self._rank = rank
         self._topology = topology
+        self._slowest = Link.INTRA if len(topology.nodes) == 1 else Link.INTER
         self._lock = threading.Lock()
         self._sent: dict[Link, Counter[str]] = {link: Counter() for link in Link}
         self._received: dict[Link, Counter[str]] = {link: Counter() for link in Link}
@@ -39,9 +43,10 @@ class LinkCounters:
             table[self.link(rank)].update(bytes=nbytes, messages=1)
 
     def waited(self, rank: int, cause: str, seconds: float) -> None:
-        """The training thread has waited so long for ``rank``."""
+        """The training thread has waited so long for ``rank``, or for `ALL`."""
+        link = self._slowest if rank == ALL else self.link(rank)
         with self._lock:
-            key = (rank, self.link(rank), cause)
+            key = (rank, link, cause)
             count, before_s = self._waits.get(key, (0, 0.0))
             self._waits[key] = count + 1, before_s + seconds
 

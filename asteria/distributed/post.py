@@ -89,6 +89,10 @@ class Post:
         """For messages."""
         return self._names.get(rank, f"rank {rank}")
 
+    def lost(self, rank: int) -> str | None:
+        """Why nothing can be sent to ``rank`` any more; None as long as something can."""
+        return self._lost.get(rank)
+
     def on(self, kind: str, handler: Handler) -> None:
         """Who takes letters of this kind; before `open`."""
         self._handlers[kind] = handler

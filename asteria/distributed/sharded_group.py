@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asteria.distributed.groups import timeout_of
-from asteria.distributed.sharded_exchange import Exchange, told
+from asteria.distributed.groups import node_labels, timeout_of
+from asteria.distributed.roll_call import call
+from asteria.distributed.sharded_exchange import Exchange
+from asteria.distributed.topology import Topology
 from asteria.errors import CoherenceError
 
 __all__ = ["ShardGroup", "group_of"]
@@ -28,6 +32,9 @@ _KNOWN = weakref.WeakKeyDictionary()
 class ShardGroup:
     """The ranks of one mesh. For the training thread; all its ranks call the same in one order.
 
+    ``ranks`` are those of the default group, ``here`` is this one's position among them, and
+    ``topology`` has their positions by node.
+
     On groups of its own, so that nothing comes between the messages of a model. Decisions go
     through the memory of the host, where they are read without waiting for a device.
     """
@@ -38,15 +45,19 @@ class ShardGroup:
         Raises CoherenceError if they do not all come. See `group_of`.
         """
         self.ranks = tuple(ranks)
+        self._told = functools.partial(_together, self.ranks)
         timeout = datetime.timedelta(seconds=timeout_of(dist.group.WORLD))
         given: dict[str, Any] = {"timeout": timeout, "use_local_synchronization": True}
-        with told("meeting the other ranks of a mesh"):
+        with self._told("meeting for the first time"):
             self._data: Any = dist.new_group(list(ranks), **given)
             self._host = self._data
             if _HOST not in str(dist.get_backend_config(self._data)):
                 self._host = dist.new_group(list(ranks), backend=_HOST, **given)
-        self._here = self.ranks.index(dist.get_rank())
-        self.exchange = Exchange(self._data, self._host, size=len(self.ranks), here=self._here)
+            self.topology = Topology.of(node_labels(self._host))
+        self.here = self.ranks.index(dist.get_rank())
+        self.exchange = Exchange(
+            self._data, self._host, self._told, size=len(self.ranks), here=self.here
+        )
 
     def agree_on_gradients(
         self, present: Mapping[int, str], bad: Collection[int], parameters: int
@@ -61,7 +72,7 @@ class ShardGroup:
         table[0, list(present)] = 1
         table[1] = 1 - table[0]
         table[2, list(bad)] = 1
-        with told("a decision on this step's gradients"):
+        with self._told("a decision on this step's gradients"):
             dist.all_reduce(table, dist.ReduceOp.MAX, group=self._host)
         torn = (table[0] & table[1]).nonzero().flatten().tolist()
         if torn:
@@ -79,24 +90,24 @@ class ShardGroup:
         On the device; the host does not wait.
         """
         counts = flags.to(torch.int32)
-        with told("a decision on this step's gradients"):
+        with self._told("a decision on this step's gradients"):
             dist.all_reduce(counts, dist.ReduceOp.MIN, group=self._data)
         flags.copy_(counts)
 
     def failed_ranks(self, *, failed: bool) -> list[int]:
         """Which ranks have failed in their part of the step, as every one of them tells."""
         table = torch.zeros(len(self.ranks), dtype=torch.uint8, device="cpu")
-        table[self._here] = failed
-        with told("the end of the step"):
+        table[self.here] = failed
+        with self._told("the end of the step"):
             dist.all_reduce(table, dist.ReduceOp.MAX, group=self._host)
         return [self.ranks[int(position)] for position in table.nonzero().flatten()]
 
     def tell(self, numbers: Sequence[int], source: int, *, most: int) -> list[int]:
         """What the rank at position ``source`` gives, at most so many numbers."""
         table = torch.zeros(most + 1, dtype=torch.int64, device="cpu")
-        if self._here == source:
+        if self.here == source:
             table[: len(numbers) + 1] = torch.tensor([len(numbers), *numbers])
-        with told("the size of a state tensor"):
+        with self._told("the size of a state tensor"):
             dist.broadcast(table, self.ranks[source], group=self._host)
         count, *values = map(int, table.tolist())
         return values[:count]
@@ -118,6 +129,28 @@ def group_of(ranks: tuple[int, ...]) -> ShardGroup:
     if ranks not in known:
         known[ranks] = ShardGroup(ranks)
     return known[ranks]
+
+
+@contextmanager
+def _together(ranks: Sequence[int], what: str) -> Iterator[None]:
+    """Turn what torch.distributed raises into an error that says ``what`` was under way.
+
+    And which of ``ranks`` are not there, if anybody can be asked.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        missing = call(ranks)
+        who = "; ".join(f"rank {rank} {why}" for rank, why in (missing or {}).items())
+        if missing is None:
+            who = "which of them is missing could not be found out"
+        elif not missing:
+            who = "all of them answer, so one is late, or does something else"
+        raise CoherenceError(
+            f"{what} could not be done together by ranks {_shown(ranks)}, which share parameters: "
+            f"{who}. Find out why, and restart all of them from a checkpoint (torch.distributed: "
+            f"{error})"
+        ) from error
 
 
 def _shown(ranks: Sequence[int]) -> str:

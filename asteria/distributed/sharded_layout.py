@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     # Whoever has a sharded parameter has imported it; for all others it would take 0.7 s.
     import torch.distributed.tensor
 
-__all__ = ["Box", "Cut", "ShardLayout", "boxes", "is_sharded", "local_part"]
+__all__ = ["Box", "Cut", "ShardLayout", "boxes", "is_sharded", "local_part", "mesh_ranks"]
 
 T = TypeVar("T")
 
@@ -66,6 +66,11 @@ def is_sharded(tensor: object) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
+def mesh_ranks(tensor: Any) -> tuple[int, ...]:
+    """The ranks of the default group that share a DTensor, ascending."""
+    return tuple(sorted(int(rank) for rank in tensor.device_mesh.mesh.flatten().tolist()))
+
+
 def local_part(tensor: Any) -> Tensor:
     """This rank's part of a DTensor: its own memory, not seen by autograd."""
     with torch.no_grad():
@@ -108,7 +113,7 @@ class ShardLayout:
             )
         cuts = _cuts(name, placements, tuple(mesh.shape))
         found = _by_rank(mesh, boxes(tuple(parameter.shape), tuple(mesh.shape), cuts))
-        ranks = tuple(sorted(int(rank) for rank in mesh.mesh.flatten().tolist()))
+        ranks = mesh_ranks(parameter)
         here = ranks.index(torch.distributed.get_rank())
         expected = tuple(s.stop - s.start for s in found[here])
         if tuple(local_part(parameter).shape) != expected:

@@ -9,11 +9,30 @@ import torch
 from torch import Tensor
 
 from asteria.config.hyperparameters import check_group, check_keys
+from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError, GradientError
 
-__all__ = ["check_dtype", "check_gradient", "check_parameter", "given_parameters", "group_problems"]
+__all__ = [
+    "check_dtype",
+    "check_gradient",
+    "check_parameter",
+    "checked_runtime",
+    "given_parameters",
+    "group_problems",
+]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def checked_runtime(runtime: object) -> RuntimeConfig:
+    """The settings that were given, by default the defaults; raises ConfigError for others."""
+    if runtime is None:
+        return RuntimeConfig()
+    if not isinstance(runtime, RuntimeConfig):
+        raise ConfigError(
+            f"runtime must be an asteria.RuntimeConfig, found {type(runtime).__name__}"
+        )
+    return runtime
 
 
 def given_parameters(optimizer: str, params: Any) -> Any:

@@ -16,7 +16,12 @@ from asteria.checkpoint.manifest import KEY, manifest
 from asteria.config.hyperparameters import DECIDED, Hyperparameters, check_group, check_keys
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError
-from asteria.optim.checks import check_gradient, check_parameter, given_parameters
+from asteria.optim.checks import (
+    check_gradient,
+    check_parameter,
+    checked_runtime,
+    given_parameters,
+)
 from asteria.optim.description import Description, describe
 from asteria.optim.intact import Intact
 from asteria.optim.loading import Named, loaded_groups, match_state
@@ -51,11 +56,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def __init__(
         self, params: Parameters, defaults: dict[str, Any], runtime: RuntimeConfig | None
     ) -> None:
-        runtime = RuntimeConfig() if runtime is None else runtime
-        if not isinstance(runtime, RuntimeConfig):
-            raise ConfigError(
-                f"runtime must be an asteria.RuntimeConfig, found {type(runtime).__name__}"
-            )
+        runtime = checked_runtime(runtime)
         check_group(defaults, type(self).__name__)
         given = given_parameters(type(self).__name__, params)
         self._runtime = runtime
@@ -233,7 +234,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         with the options that they have, and this optimizer's own for the others.
         Raises CheckpointError, which lists everything that does not fit, and then loads nothing.
         Whatever else is raised, as StoreFullError, comes when the old state has made room: then
-        there is none until another load succeeds.
+        there is none until another load succeeds. All ranks call it; where one fails, all do.
         """
         records: dict[ParameterRecord, Mapping[str, Tensor]] = {}
 
@@ -242,13 +243,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             groups = loaded_groups(loaded, self.param_groups, self.defaults)
             named, make = self._named(), self._make_record
             records.update(match_state(loaded, groups, self.rule, self.defaults, named, make))
-            self._engine.check_room(list(records), lambda: members(self._named(), self.rule))
+            self._engine.check_room(list(records))
+            consent.settle()
             return {**loaded, "state": {}, "param_groups": groups}
 
         def put_state(_: torch.optim.Optimizer) -> None:
             self._restore(records)
+            with self._intact.replacing():
+                consent.settle()
 
-        with ExitStack() as hooks:
+        asked = self._engine.consent(self.param_groups, lambda: members(self._named(), self.rule))
+        with asked as consent, ExitStack() as hooks:
             hooks.callback(self.register_load_state_dict_pre_hook(take_state).remove)
             hooks.callback(self.register_load_state_dict_post_hook(put_state, prepend=True).remove)
             super().load_state_dict(_as_dict(state_dict))

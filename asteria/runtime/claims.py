@@ -30,11 +30,13 @@ def budgets(
     nvme_bytes: int | None,
     shares_memory: bool,
     working: int,
+    gathered: int = 0,
 ) -> Budgets:
     """What there is for the state on each tier: what was asked for, else what is free.
 
     ``device_bytes``, ``host_bytes`` and ``nvme_bytes`` are free, less a reserve; None is no limit.
-    Where device and host share memory, ``device_bytes`` is not looked at.
+    Where device and host share memory, ``device_bytes`` is not looked at. ``working`` is temporary
+    memory of steps; ``gathered`` what whole gradients and updates of sharded parameters take.
     """
     device, host, nvme = map(_bytes, (config.device_budget, config.host_budget, config.nvme_budget))
     disk = config.nvme_path is not None
@@ -42,10 +44,11 @@ def budgets(
     if shares_memory:
         limit = host_bytes if host is None else host + (device or 0)
         # Temporary memory is taken from what was asked for, not from what is merely free.
-        return Budgets(limit, 0, last, working_bytes=working if disk else 0)
-    return Budgets(
-        device_bytes if device is None else device, host_bytes if host is None else host, last
-    )
+        return Budgets(limit, 0, last, working_bytes=working + gathered if disk else 0)
+    near = device_bytes if device is None else device
+    if near is not None:
+        near = max(0, near - gathered)
+    return Budgets(near, host_bytes if host is None else host, last)
 
 
 def _bytes(budget: int | str | None) -> int | None:

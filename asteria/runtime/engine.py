@@ -19,6 +19,7 @@ from asteria.runtime.answers import Answers
 from asteria.runtime.background import BackgroundRefresher
 from asteria.runtime.choices import shortest_period
 from asteria.runtime.chunks import Update, chunks
+from asteria.runtime.consent import Consent
 from asteria.runtime.extents import Extent
 from asteria.runtime.foresight import Foresight
 from asteria.runtime.governor import Governor
@@ -65,7 +66,7 @@ class Engine(Judge):
             counters,
             Verdicts(counters, self._units),
             peers or Peers(config),
-            ShardedParameters(config.start),
+            ShardedParameters(config.start, node_size=config.node_size),
         )
         self._clock = clock
         self._extents: Extents = {}
@@ -117,6 +118,7 @@ class Engine(Judge):
         self._meet(members)
         self._placer.admit()
         records, saved = self._sharded.admit(records, given, self.discard)
+        self._residence.gathered_bytes = self._sharded.gathered_bytes
         self._residence.promises.keep()
         with self._residence.lock:
             elsewhere = self._peers.elsewhere
@@ -129,14 +131,23 @@ class Engine(Judge):
         _take_up([record for record in records if record.is_here], saved, self._background)
         self._sharded.show(records)
 
-    def check_room(
-        self, records: list[ParameterRecord], members: Callable[[], Iterable[Member]] = tuple
-    ) -> None:
-        """Raise StoreFullError unless there is room for the state of ``records``, if alone.
-
-        ``members`` as in `admit`.
-        """
+    def consent(
+        self, groups: list[dict[str, Any]], members: Callable[[], Iterable[Member]]
+    ) -> Consent:
+        """What lets all ranks load a state for ``groups``, or none; meets them, as `admit`."""
         self._meet(members)
+        shared = [parameter for group in groups for parameter in group["params"]]
+
+        def vote(failed: bool) -> list[int]:
+            found = self._sharded.failed_ranks(shared, failed=failed)
+            # Who has failed is known where a mesh has told; others learn that somebody has.
+            others = self._peers.failed_ranks(failed=failed or bool(found))
+            return found or others
+
+        return Consent(vote)
+
+    def check_room(self, records: list[ParameterRecord]) -> None:
+        """Raise StoreFullError unless there is room for the state of ``records``, if alone."""
         check_room([r for r in records if r.is_here], self._residence, self._peers.elsewhere)
 
     def discard(self, records: list[ParameterRecord]) -> None:
@@ -182,7 +193,7 @@ class Engine(Judge):
             self._background,
             self._governor,
             self._residence,
-            self._peers,
+            self._sharded.beside(self._peers.network()),
             self._all(),
         )
 

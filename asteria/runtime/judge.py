@@ -66,7 +66,8 @@ class Judge:
             return True, self._guard.gate(gradients, names, together)
         bad = [] if fine else bad_names(names, gradients)
         if together is not None:
-            bad = together.agree(bad)
+            with self._sharded.traffic.deciding(together.council):
+                bad = together.agree(bad)
         if bad:
             self._count_skips([bad])
         return not bad, None

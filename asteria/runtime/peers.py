@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,6 +17,7 @@ from asteria.distributed.groups import Assembly, assemble, peer_group
 from asteria.distributed.links import LinkCounters
 from asteria.distributed.ownership import Load, assign, totals
 from asteria.distributed.post import Post
+from asteria.distributed.roll_call import RollCall
 from asteria.distributed.topology import Topology
 from asteria.distributed.wire import GlooWire, Wire
 from asteria.runtime.records import Fetch, ParameterRecord, Route, TilePlan, state_dtype
@@ -49,6 +50,8 @@ class Membership:
     topology: Topology
     post: Post
     """Not open yet."""
+    global_ranks: tuple[int, ...] = ()
+    """Of all ranks, in the default group; none where that is this one."""
 
 
 Meeting = Callable[[RuntimeConfig, Mapping[str, str]], Membership | None]
@@ -69,7 +72,7 @@ def _membership(assembly: Assembly, wire: Wire) -> Membership:
     names = {own: f"rank {known}" for own, known in enumerate(assembly.global_ranks)}
     counters = LinkCounters(rank, topology)
     post = Post(rank, wire, counters, timeout_s=assembly.timeout_s, names=names)
-    return Membership(rank, topology, post)
+    return Membership(rank, topology, post, assembly.global_ranks)
 
 
 class Peers:
@@ -88,6 +91,7 @@ class Peers:
         it is alone."""
         self._carried: list[Load] = []
         self._enquiries: Enquiries | None = None
+        self._roll_call: RollCall | None = None
         self.coherence: Coherence | None = None
         """What carries results, if there is anybody else."""
         self.agreement: Agreement | None = None
@@ -123,9 +127,31 @@ class Peers:
             post, topology = self._membership.post, self._membership.topology
             self.coherence, self.agreement = Coherence(post, topology), Agreement(post, topology)
             self._enquiries = Enquiries(post, serve)
+            self._roll_call = RollCall(post, self._names)
             post.open()
             self._carried = [Load(0.0, 0.0)] * topology.size
         self._share_out(everyone)
+
+    @property
+    def _names(self) -> Sequence[int]:
+        """Of all ranks, as the user knows them: in the default group."""
+        member = self._membership
+        if member is None:
+            return ()
+        return member.global_ranks or range(member.topology.size)
+
+    def failed_ranks(self, *, failed: bool) -> list[int]:
+        """Which ranks have failed in what all do, as every one of them tells; in the default group.
+
+        Raises CoherenceError where a rank does not tell. After `join`.
+        """
+        member = self._membership
+        if member is None or self.agreement is None:
+            return []
+        # Of negative numbers all bits are set but few.
+        mine = ~(1 << member.rank) if failed else -1
+        common = self.agreement.common(mine, "the other ranks to say whether they could load")
+        return [name for rank, name in enumerate(self._names) if not common >> rank & 1]
 
     def _credentials(self, everyone: Iterable[Member]) -> dict[str, str]:
         settings = {f.name: getattr(self._config, f.name) for f in fields(self._config)}

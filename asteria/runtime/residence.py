@@ -70,6 +70,7 @@ class Residence:
         self.lock = threading.RLock()  # of all doors: one thread at a time uses the state
         self.sharers = 1
         """Processes that share this machine's memory and disk, each with as much state."""
+        self.gathered_bytes = 0  # of a step, for whole gradients and updates of sharded parameters
         self.traffic = Traffic()
         self.promises = Promises()
         if config.nvme_path is not None:
@@ -171,13 +172,12 @@ class Residence:
             shares_memory=shared,
             # Of all devices; the first one finds room for it.
             working=0 if host_bytes else self._working_bytes,
+            gathered=0 if host_bytes else self.gathered_bytes,
         )
-        nvme = _less(limits.nvme_bytes, nvme_bytes)
+        limits = replace(limits, nvme_bytes=_less(limits.nvme_bytes, nvme_bytes))
         if shared:
-            return replace(
-                limits, device_bytes=_less(limits.device_bytes, host_bytes), nvme_bytes=nvme
-            )
-        return replace(limits, pinned_bytes=_less(limits.pinned_bytes, host_bytes), nvme_bytes=nvme)
+            return replace(limits, device_bytes=_less(limits.device_bytes, host_bytes))
+        return replace(limits, pinned_bytes=_less(limits.pinned_bytes, host_bytes))
 
     def _reserve(self, arrivals: Sequence[Item]) -> None:
         """Find room on the disk for new cells, and for what is written before the old one goes."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from asteria.distributed.sharded_group import ShardGroup
+from asteria.distributed.sharded_layout import is_sharded, mesh_ranks
+from asteria.distributed.sharded_traffic import ShardTraffic
 from asteria.runtime.owners import places
+from asteria.runtime.pieces import gathered_bytes
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.sharded_state import handed_over, saved_whole, show_shards
-from asteria.runtime.wholes import Wholes, council
+from asteria.runtime.wholes import Wholes, council, council_of
+from asteria.telemetry.counters import Network
 
 __all__ = ["ShardedParameters", "Together"]
 
@@ -53,9 +57,10 @@ class ShardedParameters:
     Without any, nothing is done here.
     """
 
-    def __init__(self, start: str) -> None:
-        """``start`` as in RuntimeConfig."""
-        self.wholes = Wholes(start)
+    def __init__(self, start: str, *, node_size: int | None = None) -> None:
+        """Arguments as in RuntimeConfig."""
+        self.traffic = ShardTraffic(node_size)
+        self.wholes = Wholes(start, self.traffic)
         self._exact: set[ParameterRecord] = set()
         """Those that have state, here or elsewhere."""
         self._any = False
@@ -71,7 +76,9 @@ class ShardedParameters:
         Those that were here before and get another place (what is multiplied together depends on
         which parameters there are) have been ``discard``ed. States come to their owners.
         """
-        self._any = self._any or any(record.sharding is not None for record in records)
+        for record in records:
+            if record.sharding is not None:
+                self._any, record.sharding.traffic = True, self.traffic
         arrivals = [record for record in records if record.is_exact]
         if not arrivals:
             return records, saved
@@ -104,6 +111,21 @@ class ShardedParameters:
     def elsewhere(self) -> set[ParameterRecord]:
         """Those whose state another rank has."""
         return {record for record in self._exact if not record.is_here}
+
+    @property
+    def gathered_bytes(self) -> int:
+        """The most memory that a step takes here for whole gradients and updates."""
+        return gathered_bytes(self._exact, self.wholes.message_bytes)
+
+    def beside(self, network: Network) -> Network:
+        """``network`` with what sharded parameters have had to do with other ranks."""
+        found = self.traffic.beside(network)
+        return replace(found, gathered_peak_bytes=self.wholes.peak_bytes)
+
+    def failed_ranks(self, parameters: Iterable[Tensor], *, failed: bool) -> list[int]:
+        """Which ranks have failed in what all of ``parameters``'s do, as every one tells."""
+        meshes = {mesh_ranks(p) for p in parameters if is_sharded(p)}
+        return council_of(meshes).failed_ranks(failed=failed) if meshes else []
 
     def forget(self, records: Iterable[ParameterRecord]) -> None:
         """These have no state any more."""

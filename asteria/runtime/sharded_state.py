@@ -12,12 +12,12 @@ cannot be cut anew; it is a plain tensor whose key names the shard: ``factor_0@1
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from asteria.distributed.sharded_exchange import Parcel
+from asteria.distributed.sharded_exchange import Kind, Parcel, Transit
 from asteria.distributed.sharded_group import group_of
 from asteria.distributed.sharded_layout import is_sharded
 from asteria.runtime.entries import Entries
@@ -95,10 +95,19 @@ def _spread(record: ParameterRecord, key: str) -> Tensor:
         )
         for target in (range(len(layout.ranks)) if sharding.is_here else [layout.here])
     ]
-    exchange = group_of(layout.ranks).exchange
-    transit = exchange.send([kind], parcels, f"reading {key} of {record.name}")
+    transit = _send(record, [kind], parcels, f"reading {key} of {record.name}")
     (part,) = transit.wait().values()
     return part if together else layout.show(part, shape)
+
+
+def _send(
+    record: ParameterRecord, kinds: Sequence[Kind], parcels: Sequence[Parcel], what: str
+) -> Transit:
+    """Parts of one parameter's state, counted as such."""
+    sharding = _sharding(record)
+    group, traffic = group_of(sharding.layout.ranks), sharding.traffic
+    tally = None if traffic is None else traffic.tally(group, "state")
+    return group.exchange.send(kinds, parcels, what, tally)
 
 
 def handed_over(record: ParameterRecord, owner: int) -> dict[str, Tensor]:
@@ -124,7 +133,7 @@ def handed_over(record: ParameterRecord, owner: int) -> dict[str, Tensor]:
     taking_part = layout.here in (source, owner)
     kinds = [(dtype, record.device) for dtype in dtypes]
     what = f"handing over the state of {record.name}"
-    transit = group.exchange.send(kinds, parcels if taking_part else [], what)
+    transit = _send(record, kinds, parcels if taking_part else [], what)
     return found | {names[place]: part for place, part in transit.wait().items()}
 
 
@@ -158,8 +167,7 @@ def saved_whole(record: ParameterRecord, saved: Mapping[str, Tensor]) -> dict[st
                 own = part if source == layout.here else None
                 parcels.append(Parcel(source, owner, size, kinds[-1], own))
                 senders.append((key, source))
-    exchange = group_of(layout.ranks).exchange
-    transit = exchange.send(kinds, parcels, f"loading the state of {record.name}")
+    transit = _send(record, kinds, parcels, f"loading the state of {record.name}")
     for place, part in transit.wait().items():
         key, source = senders[place]
         found[key][layout.boxes_of(found[key].shape)[source]] = part

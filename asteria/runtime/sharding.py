@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from asteria.distributed.sharded_layout import ShardLayout, is_sharded, local_part
+from asteria.distributed.sharded_traffic import ShardTraffic
 
 __all__ = ["Sharding", "sharding_of", "stepped_shape"]
 
@@ -27,6 +29,12 @@ class Sharding:
     """Of each tile, if exact: its extent, as in `ExtentKey.part`."""
     alike: frozenset[str] = frozenset()
     """Names of the state tensors that mean the same for the shards of all ranks, if not exact."""
+    traffic: ShardTraffic | None = None
+    """Where is counted what travels of it; None as long as it has no state."""
+    copies: int = field(init=False)
+    """Replicas of the whole among the ranks."""
+    largest_part: int = field(init=False)
+    """Elements of the largest shard."""
 
     local_gradient: Tensor | None = None
     """During a step: of this rank's shard."""
@@ -34,6 +42,12 @@ class Sharding:
     """During a step, at the owner: of the whole."""
     change: Tensor | None = None
     """During a step, at the owner: the update of the whole."""
+
+    def __post_init__(self) -> None:
+        self.copies = len(set(self.layout.replicas))
+        self.largest_part = max(
+            math.prod(s.stop - s.start for s in box) for box in self.layout.boxes
+        )
 
     @property
     def shard_shapes(self) -> set[torch.Size]:

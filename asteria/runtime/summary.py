@@ -8,11 +8,10 @@ from dataclasses import replace
 from asteria.runtime.background import BackgroundRefresher
 from asteria.runtime.extents import Extent
 from asteria.runtime.governor import Governor
-from asteria.runtime.peers import Peers
 from asteria.runtime.residence import Residence
 from asteria.runtime.units import Units
 from asteria.store.layout import Life
-from asteria.telemetry.counters import Counters, Stats
+from asteria.telemetry.counters import Counters, Network, Stats
 
 __all__ = ["summarize"]
 
@@ -23,7 +22,7 @@ def summarize(
     background: BackgroundRefresher | None,
     governor: Governor,
     residence: Residence,
-    peers: Peers,
+    network: Network,
     extents: Iterable[Extent],
 ) -> Stats:
     """What was done so far, as far as devices have told."""
@@ -55,5 +54,5 @@ def summarize(
         tier_bytes=residence.bytes_at,
         tier_peak_bytes=residence.peak_bytes_at,
         traffic=replace(residence.traffic),
-        network=peers.network(),
+        network=network,
     )

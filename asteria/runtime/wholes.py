@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -11,25 +11,30 @@ from torch import Tensor
 
 from asteria.distributed.sharded_exchange import Kind, Parcel, Transit
 from asteria.distributed.sharded_group import ShardGroup, group_of
+from asteria.distributed.sharded_traffic import ShardTraffic
 from asteria.errors import CoherenceError
 from asteria.runtime.chunks import Update
+from asteria.runtime.pieces import MESSAGE_BYTES, by_mesh, pieces
 from asteria.runtime.records import ParameterRecord, state_dtype
 from asteria.runtime.sharding import Sharding
 from asteria.runtime.updater import scale_of
 from asteria.runtime.weights import apply_shards_
 
-__all__ = ["Wholes", "council"]
+__all__ = ["Wholes", "council", "council_of"]
 
 Updates = Mapping[ParameterRecord, Update]
 
 
 def council(records: Iterable[ParameterRecord]) -> ShardGroup:
-    """The ranks that step these sharded parameters together.
+    """The ranks that step these sharded parameters together; see `council_of`."""
+    return council_of({r.sharding.layout.ranks for r in records if r.sharding is not None})
 
-    Those of the mesh that all other meshes are parts of (experts have meshes of their own), or
-    else all that there are.
+
+def council_of(meshes: Collection[tuple[int, ...]]) -> ShardGroup:
+    """Those of the mesh that all other meshes are parts of, or else all ranks that there are.
+
+    Experts have meshes of their own. ``meshes`` have their ranks in ascending order.
     """
-    meshes = {r.sharding.layout.ranks for r in records if r.sharding is not None}
     largest = max(meshes, key=lambda ranks: (len(ranks), ranks))
     if all(set(ranks) <= set(largest) for ranks in meshes):
         return group_of(largest)
@@ -42,9 +47,16 @@ class Wholes:
     Without sharded parameters nothing is done here.
     """
 
-    def __init__(self, start: str) -> None:
-        """``start`` as in RuntimeConfig."""
+    def __init__(self, start: str, traffic: ShardTraffic) -> None:
+        """``start`` as in RuntimeConfig; ``traffic`` counts what travels."""
         self._start = start
+        self._traffic = traffic
+        self.message_bytes = MESSAGE_BYTES
+        """Most that a rank sends or receives at a time; the same on all ranks."""
+        self.peak_bytes = 0
+        """The most that whole gradients, updates and messages took here."""
+        self._held_bytes = 0
+        """What the gradients and updates take that are there just now."""
         self._scales: dict[ParameterRecord, float | None] = {}
         """Of the update that is to be sent back; stays when a step is interrupted."""
 
@@ -73,59 +85,91 @@ class Wholes:
             except Exception as error:
                 ended.update(r for r in exact if before[r] != (r.steps, r.begun))
                 if not isinstance(error, CoherenceError):  # else there is nobody to be told
-                    self._council_fails(exact)
+                    with suppress(CoherenceError):  # what has failed here is what matters
+                        self._failed_ranks(exact, failed=True)
                 raise
-            if failed := council(exact).failed_ranks(failed=False):
+            if failed := self._failed_ranks(exact, failed=False):
                 ended.update(updates)
                 raise CoherenceError(
                     f"rank {', '.join(map(str, failed))} could not complete its part of the step, "
                     "and says why; no sharded weight was changed. Once its cause is gone, the next "
                     "step on all ranks completes it"
                 )
-            for members in _by_mesh(exact):
-                self._deliver(members, updates, gate)
+            for members in by_mesh(exact):
+                for piece in pieces(members, self.message_bytes):
+                    self._deliver(piece, updates, gate)
         finally:
             _forget_gradients(updates)
 
-    def _council_fails(self, exact: Sequence[ParameterRecord]) -> None:
-        """Tell the others, who wait for it, that this rank's part of the step has failed."""
-        with suppress(CoherenceError):  # what has failed here is what matters
-            council(exact).failed_ranks(failed=True)
+    def _failed_ranks(self, exact: Sequence[ParameterRecord], *, failed: bool) -> list[int]:
+        """Tell the others whether this rank's part has failed, and hear whose has."""
+        group = council(exact)
+        with self._traffic.deciding(group):
+            return group.failed_ranks(failed=failed)
 
     def _begin(self, exact: Sequence[ParameterRecord], updates: Updates) -> None:
         """Bring the gradients of exact parameters to their owners; nothing changes if it raises."""
-        under_way: list[tuple[list[tuple[ParameterRecord, int]], Transit]] = []
-        for members in _by_mesh(exact):
-            for record in members:
-                if record not in self._scales:
-                    hyper = updates[record].hyper
-                    self._scales[record] = scale_of(self._start, record, hyper)
-            sent = [(record, *given) for record in members for given in _gradient_parcels(record)]
-            kinds = [_gradient_kind(record) for record in members]
-            exchange = group_of(_of(members[0]).layout.ranks).exchange
-            parcels = [parcel for _, _, parcel in sent]
-            transit = exchange.send(kinds, parcels, "gathering gradients")
-            under_way.append(([(record, source) for record, source, _ in sent], transit))
-        for tags, transit in under_way:
-            for place, part in transit.wait().items():
-                record, source = tags[place]
-                sharding = _of(record)
-                if sharding.gradient is None:
-                    dtype, device = _gradient_kind(record)
-                    sharding.gradient = torch.empty(record.shape, dtype=dtype, device=device)
-                if sharding.change is None:  # else it is there since a step was interrupted
-                    dtype = state_dtype(record.parameter)
-                    sharding.change = torch.empty(record.shape, dtype=dtype, device=record.device)
+        self._held_bytes = sum(_held_bytes(record) for record in exact)
+        for record in exact:
+            if record not in self._scales:
+                hyper = updates[record].hyper
+                self._scales[record] = scale_of(self._start, record, hyper)
+        for members in by_mesh(exact):
+            for piece in pieces(members, self.message_bytes):
+                self._gather(piece)
+
+    def _gather(self, members: Sequence[ParameterRecord]) -> None:
+        """The gradients of some parameters of one mesh to their owners."""
+        sent = [(record, *given) for record in members for given in _gradient_parcels(record)]
+        kinds = [_gradient_kind(record) for record in members]
+        group = group_of(_of(members[0]).layout.ranks)
+        transit = group.exchange.send(
+            kinds,
+            [parcel for _, _, parcel in sent],
+            f"gathering gradients of {_named(members)}",
+            self._traffic.tally(group, "gradients"),
+        )
+        for record in members:
+            self._make_room(record)
+        self._note(transit)
+        for place, part in transit.wait().items():
+            record, source, _ = sent[place]
+            sharding = _of(record)
+            if sharding.gradient is not None:
                 sharding.gradient[sharding.layout.boxes[source]].copy_(part)
+
+    def _make_room(self, record: ParameterRecord) -> None:
+        """For the whole gradient and update of a parameter, at its owner."""
+        sharding = _of(record)
+        if not sharding.is_here:
+            return
+        before = _held_bytes(record)
+        if sharding.gradient is None:
+            dtype, device = _gradient_kind(record)
+            sharding.gradient = torch.empty(record.shape, dtype=dtype, device=device)
+        if sharding.change is None:  # else it is there since a step was interrupted
+            dtype = state_dtype(record.parameter)
+            sharding.change = torch.empty(record.shape, dtype=dtype, device=record.device)
+        self._held_bytes += _held_bytes(record) - before
+
+    def _note(self, transit: Transit) -> None:
+        self.peak_bytes = max(self.peak_bytes, self._held_bytes + transit.nbytes)
 
     def _deliver(
         self, members: Sequence[ParameterRecord], updates: Updates, gate: Tensor | None
     ) -> None:
+        """The updates of some parameters of one mesh to the shards."""
         moving = [record for record in members if self._scales[record] is not None]
         sent = [(record, parcel) for record in moving for parcel in _change_parcels(record)]
         kinds = [(state_dtype(record.parameter), record.device) for record in moving]
-        exchange = group_of(_of(members[0]).layout.ranks).exchange
-        transit = exchange.send(kinds, [parcel for _, parcel in sent], "sending updates back")
+        group = group_of(_of(members[0]).layout.ranks)
+        transit = group.exchange.send(
+            kinds,
+            [parcel for _, parcel in sent],
+            f"sending back updates of {_named(members)}",
+            self._traffic.tally(group, "updates"),
+        )
+        self._note(transit)
         parts: list[tuple[ParameterRecord, Tensor, float]] = []
         for place, part in transit.wait().items():
             record = sent[place][0]
@@ -135,7 +179,9 @@ class Wholes:
         apply_shards_(parts, updates, gate)
         for record in members:
             del self._scales[record]
+            before = _held_bytes(record)
             _of(record).change = None
+            self._held_bytes += _held_bytes(record) - before
 
     def forget(self, records: Iterable[ParameterRecord]) -> None:
         """These have no state any more."""
@@ -157,12 +203,16 @@ def _of(record: ParameterRecord) -> Sharding:
     return record.sharding
 
 
-def _by_mesh(records: Iterable[ParameterRecord]) -> list[list[ParameterRecord]]:
-    """Exact ones by the ranks that share them, in order: the same on all of these."""
-    meshes: dict[tuple[int, ...], list[ParameterRecord]] = {}
-    for record in sorted((r for r in records if r.is_exact), key=lambda record: record.index):
-        meshes.setdefault(_of(record).layout.ranks, []).append(record)
-    return list(meshes.values())
+def _held_bytes(record: ParameterRecord) -> int:
+    """Of the whole gradient and update, as far as they are here."""
+    sharding = _of(record)
+    return sum(t.nbytes for t in (sharding.gradient, sharding.change) if t is not None)
+
+
+def _named(members: Sequence[ParameterRecord]) -> str:
+    """For messages."""
+    more = f" and {len(members) - 3} more" if len(members) > 3 else ""
+    return ", ".join(record.name for record in members[:3]) + more
 
 
 def _gradient_kind(record: ParameterRecord) -> Kind:

@@ -43,13 +43,15 @@ class LinkTraffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waited:
-    """Waits of one rank's step() for another rank."""
+    """Waits of one rank's training thread for another rank."""
 
     rank: int
-    """Of the other one, in the process group."""
+    """Of the other one, in the process group; -1 for what all ranks of a mesh do together."""
     link: str
+    """To it; to all ranks of a mesh the slowest."""
     cause: str
-    """``"basis"``, ``"delivery"``, ``"agreement"`` or ``"state"``."""
+    """``"basis"``, ``"delivery"``, ``"agreement"`` or ``"state"``; of sharded parameters
+    ``"gradients"``, ``"updates"``, ``"decision"`` or ``"state"``."""
     count: int
     seconds: float
 
@@ -66,6 +68,12 @@ class Network:
     """Units (tiles of parameters) whose factors this rank keeps and refreshes."""
     links: Mapping[str, LinkTraffic] = field(default_factory=dict)
     """``"intra"`` (within a node) and ``"inter"`` (between nodes) -> what has crossed them."""
+    shard_links: Mapping[str, LinkTraffic] = field(default_factory=dict)
+    """The same for sharded parameters: gradients, updates and state of those that are stepped as a
+    whole. What ranks only decide together (some bytes for each parameter) is not in it."""
+    gathered_peak_bytes: int = 0
+    """The most memory that whole gradients and updates of sharded parameters took here during a
+    step, messages included."""
     waits: tuple[Waited, ...] = ()
     """The longest first."""
 

@@ -39,16 +39,20 @@ def until_one_is_lost(rank: int, lose: Callable[[int], None]) -> str:
         try:
             optimizer.step()
         except CoherenceError as error:
-            return str(error)
+            return f"{error} <- {type(error.__cause__).__name__}"
     return ""
 
 
-@pytest.mark.parametrize("lose", [leave, stop])
-def test_the_others_raise(lose: Callable[[int], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lose", "why"), [(leave, "is gone"), (stop, "does not answer")])
+def test_the_others_raise_and_name_it(
+    lose: Callable[[int], None], why: str, tmp_path: Path
+) -> None:
     crew = Crew(2, tmp_path / "store", until_one_is_lost, lose, group_timeout_s=TIMEOUT_S)
     try:
         told = crew.result(0)
     finally:
         crew.close()
     assert told.startswith("a decision on this step's gradients could not be done together")
+    assert f"by ranks 0, 1, which share parameters: rank 1 {why}" in told
     assert "restart all of them from a checkpoint" in told
+    assert told.endswith(("<- RuntimeError", "<- DistBackendError", "<- DistNetworkError"))

@@ -1,6 +1,7 @@
 """Groups of processes that run one function each, on gloo."""
 
 import multiprocessing
+import pickle
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -55,7 +56,7 @@ class Crew:
         """What a rank has returned; raises what it raised, as an AssertionError."""
         link = self.links[rank]
         assert link.poll(TIMEOUT_S), f"rank {rank} is stuck"
-        failed, value = link.recv()
+        failed, value = pickle.loads(link.recv_bytes())
         assert not failed, f"rank {rank} raised\n{value}"
         return value
 
@@ -101,7 +102,12 @@ def _work(
         timeout=timedelta(seconds=group_timeout_s),
     )
     try:
-        link.send((False, body(rank, *arguments)))
+        _send(link, False, body(rank, *arguments))
     except BaseException:
-        link.send((True, traceback.format_exc()))
+        _send(link, True, traceback.format_exc())
         raise SystemExit(1) from None
+
+
+def _send(link: Connection, failed: bool, value: Any) -> None:
+    """As plain bytes: torch's way to pass tensors between processes needs the sender to live on."""
+    link.send_bytes(pickle.dumps((failed, value)))
