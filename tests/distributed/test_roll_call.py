@@ -52,7 +52,6 @@ def test_who_is_gone_and_who_is_silent_are_named_as_the_user_knows_them() -> Non
 
 
 def test_any_optimizer_of_the_process_can_ask() -> None:
-    gc.collect()
     network = Network(3)
     made = roll_calls(network)
     network.lose(0)
