@@ -47,8 +47,9 @@ class RollCall:
         self._heard: dict[int, set[int]] = {}
         """Who has answered which call; guarded by the condition."""
         self._changed = threading.Condition()
-        post.on(_CALL, self._answer)
-        post.on(_HERE, self._hear)
+        post.on(_CALL, self._answer, counted=False)
+        post.on(_HERE, self._hear, counted=False)
+        post.on_silence(lambda: self._absent(set(self._numbers_of.values())))
         _OPEN.append(weakref.ref(self))
 
     def reaches(self, ranks: Iterable[int]) -> bool:
@@ -61,7 +62,12 @@ class RollCall:
         Waits a second at most, and only where somebody is silent.
         """
         asked = {self._numbers_of[rank]: rank for rank in ranks}
-        asked.pop(self._post.rank, None)
+        absent = self._absent(set(asked))
+        return {asked[number]: absent[number] for number in sorted(absent, key=asked.__getitem__)}
+
+    def _absent(self, asked: set[int]) -> dict[int, str]:
+        """The same by number of the post."""
+        asked = asked - {self._post.rank}
         serial = next(self._serials)
         with self._changed:
             heard = self._heard[serial] = set()
@@ -74,9 +80,9 @@ class RollCall:
         with self._changed:
             del self._heard[serial]
         found: dict[int, str] = {}
-        for number in sorted(set(asked) - heard, key=asked.__getitem__):
+        for number in sorted(asked - heard):
             why = self._post.lost(number)
-            found[asked[number]] = "does not answer" if why is None else f"is gone ({why})"
+            found[number] = "does not answer" if why is None else f"is gone ({why})"
         return found
 
     def _silent(self, asked: Iterable[int], heard: set[int]) -> list[int]:
