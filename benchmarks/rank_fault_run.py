@@ -168,7 +168,7 @@ class Rank:
             return
         state = {"optimizer": self.optimizer.state_dict(), "model": self.model.state_dict()}
         self._reach("while saving")
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)  # of a save that was interrupted
         torch.save(state, folder / "state")
         (folder / ".metadata").touch()
 

@@ -77,6 +77,8 @@ class Post:
         self._names = names or {}
         self._clock = clock
         self._handlers: dict[str, Handler] = {}
+        self._uncounted = {_PING}
+        self._missing: Callable[[], Mapping[int, str]] = dict
         self._lost: dict[int, str] = {}
         """Ranks that nothing can be sent to any more, and why."""
         self._broken: Exception | None = None
@@ -93,9 +95,15 @@ class Post:
         """Why nothing can be sent to ``rank`` any more; None as long as something can."""
         return self._lost.get(rank)
 
-    def on(self, kind: str, handler: Handler) -> None:
-        """Who takes letters of this kind; before `open`."""
+    def on(self, kind: str, handler: Handler, *, counted: bool = True) -> None:
+        """Who takes letters of this kind, and whether these are traffic; before `open`."""
         self._handlers[kind] = handler
+        if not counted:
+            self._uncounted.add(kind)
+
+    def on_silence(self, missing: Callable[[], Mapping[int, str]]) -> None:
+        """Who knows, after a timeout, which ranks are not there and what has become of them."""
+        self._missing = missing
 
     def open(self) -> None:
         """Take letters from now on."""
@@ -113,7 +121,7 @@ class Post:
             number = next(self._numbers)
             with self._lock:
                 self._outstanding[number] = rank
-            if letter.kind != _PING:
+            if letter.kind not in self._uncounted:
                 self.counters.sent(rank, letter.tensor_bytes)
             self._wire.send(rank, buffer, self._follow(number, rank, delivery))
         return delivery
@@ -142,8 +150,9 @@ class Post:
             return
         try:
             letter = unpack(received)
-            if letter.kind != _PING:
+            if letter.kind not in self._uncounted:
                 self.counters.received(source, letter.tensor_bytes)
+            if letter.kind != _PING:
                 self._handlers[letter.kind](letter, received)
         except Exception as error:  # for who waits in the training thread
             self._broken = error
@@ -193,11 +202,13 @@ class Post:
                 "state are as the last step left them; start all ranks again from a checkpoint"
             )
         if waited_s >= self._timeout_s:
+            # Who is waited for may wait for somebody else itself.
+            missing = self._missing()
             # What was sent first arrives first: who does not take it is stuck.
-            stuck = [*self._stalled(), *suspects][0]
+            stuck = missing or {[*self._stalled(), *suspects][0]: "does not answer"}
+            who = "; ".join(f"{self.name(rank)} {why}" for rank, why in stuck.items())
             raise CoherenceError(
-                f"{self.name(self.rank)} waited {waited_s:.0f} s for {what}, and "
-                f"{self.name(stuck)} does not answer. Look why it is stuck or slow; the limit is "
-                "the timeout of init_process_group. Weights and state are as the last step left "
-                "them"
+                f"{self.name(self.rank)} waited {waited_s:.0f} s for {what}, and {who}. Look why "
+                "it is stuck or slow; the limit is the timeout of init_process_group. Weights and "
+                "state are as the last step left them"
             )

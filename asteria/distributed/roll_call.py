@@ -21,10 +21,10 @@ from asteria.distributed.post import Post
 __all__ = ["RollCall", "call"]
 
 _CALL, _HERE = "who is there", "here"
-_ANSWER_S = 2.0
+_ANSWER_S = 1.0
 """Longest wait for answers, which come within a millisecond from a machine that is not busy."""
-_LOOK_S = 0.05
-"""How often a caller looks for letters that have come back."""
+_LOOK_S = 0.1
+"""How often a caller calls, and looks for letters that have come back."""
 
 
 class RollCall:
@@ -47,8 +47,9 @@ class RollCall:
         self._heard: dict[int, set[int]] = {}
         """Who has answered which call; guarded by the condition."""
         self._changed = threading.Condition()
-        post.on(_CALL, self._answer)
-        post.on(_HERE, self._hear)
+        post.on(_CALL, self._answer, counted=False)
+        post.on(_HERE, self._hear, counted=False)
+        post.on_silence(lambda: self._absent(set(self._numbers_of.values())))
         _OPEN.append(weakref.ref(self))
 
     def reaches(self, ranks: Iterable[int]) -> bool:
@@ -58,23 +59,31 @@ class RollCall:
     def missing(self, ranks: Iterable[int]) -> dict[int, str]:
         """Those of ``ranks``, of the default group, that are not there, and what is known of them.
 
-        Waits a few seconds at most, and only where somebody is silent.
+        Waits a second at most, and only where somebody is silent.
         """
         asked = {self._numbers_of[rank]: rank for rank in ranks}
-        asked.pop(self._post.rank, None)
+        absent = self._absent(set(asked))
+        return {asked[number]: absent[number] for number in sorted(absent, key=asked.__getitem__)}
+
+    def _absent(self, asked: set[int]) -> dict[int, str]:
+        """The same by number of the post."""
+        asked = asked - {self._post.rank}
         serial = next(self._serials)
         with self._changed:
             heard = self._heard[serial] = set()
-        self._post.send(Letter(_CALL, serial, self._post.rank), asked)
         until_s = self._clock() + self._answer_s
+        while self._clock() < until_s and (left := self._silent(asked, heard)):
+            # Again and again: of a process that is about to end the first one does not come back.
+            self._post.send(Letter(_CALL, serial, self._post.rank), left)
+            with self._changed:
+                self._changed.wait_for(lambda: not self._silent(asked, heard), _LOOK_S)
         with self._changed:
-            while (left := self._silent(asked, heard)) and self._clock() < until_s:
-                self._changed.wait(_LOOK_S)
             del self._heard[serial]
-        gone = {number: self._post.lost(number) for number in asked if number not in heard}
-        found = {n: f"is gone ({why})" for n, why in gone.items() if why is not None}
-        found |= dict.fromkeys(left, "does not answer")
-        return {asked[number]: found[number] for number in sorted(found, key=asked.__getitem__)}
+        found: dict[int, str] = {}
+        for number in sorted(asked - heard):
+            why = self._post.lost(number)
+            found[number] = "does not answer" if why is None else f"is gone ({why})"
+        return found
 
     def _silent(self, asked: Iterable[int], heard: set[int]) -> list[int]:
         return [n for n in asked if n not in heard and self._post.lost(n) is None]

@@ -99,6 +99,7 @@ def _receive(assembly: Assembly, ears: weakref.ref[Take]) -> None:
     """Body of the receiving thread."""
     group, tag = assembly.group, 2 * assembly.channel
     received: Tensor | Exception
+    left = len(assembly.global_ranks)
     while True:
         header = torch.empty(1, dtype=torch.int64, device="cpu")
         source = -1
@@ -111,8 +112,11 @@ def _receive(assembly: Assembly, ears: weakref.ref[Take]) -> None:
             content: Any = dist.irecv(received, src=sender, group=group, tag=tag + 1)
             content.wait(_FOREVER)
         except (RuntimeError, ValueError) as error:
-            if source >= 0:
-                continue  # the sender has gone; who waits for it finds out
+            # Each rank that goes ends one of these, and who waits for it finds out; all others
+            # are still to be heard. More of them are the end of the group.
+            left -= 1
+            if source >= 0 or left > 0:
+                continue
             received = error
         take = ears()
         if take is not None:

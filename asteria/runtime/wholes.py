@@ -95,6 +95,8 @@ class Wholes:
                     "and says why; no sharded weight was changed. Once its cause is gone, the next "
                     "step on all ranks completes it"
                 )
+            _forget_gradients(updates)  # before there are messages again
+            self._held_bytes = sum(_held_bytes(record) for record in exact)
             for members in by_mesh(exact):
                 for piece in pieces(members, self.message_bytes):
                     self._deliver(piece, updates, gate)

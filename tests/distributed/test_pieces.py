@@ -1,6 +1,7 @@
 """Sharded parameters travel in pieces of bounded size, the same on all ranks."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from asteria.distributed.sharded_layout import Cut, ShardLayout, boxes
 from asteria.runtime.claims import budgets
 from asteria.runtime.pieces import by_mesh, gathered_bytes, pieces
 from asteria.runtime.records import ParameterRecord
+from asteria.runtime.residence import Residence
 from asteria.runtime.routing import route
 from asteria.runtime.sharding import Sharding
 
@@ -104,3 +106,12 @@ def test_they_are_taken_from_the_budget_of_the_device() -> None:
     assert budgets(RuntimeConfig(), **free, shares_memory=False, gathered=100).device_bytes == 800
     shared = budgets(asked, **free, shares_memory=True, gathered=100)
     assert shared.working_bytes == 111
+
+
+def test_the_residence_of_a_run_leaves_room_for_them(tmp_path: Path) -> None:
+    residence = Residence(RuntimeConfig(nvme_path=tmp_path, host_budget="1GiB"))
+    residence.gathered_bytes = 12345
+    try:
+        assert residence._budgets(torch.device("cpu")).working_bytes == 12345
+    finally:
+        residence.close()

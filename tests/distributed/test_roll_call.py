@@ -2,8 +2,12 @@
 
 import gc
 
+import pytest
+
 from asteria.distributed.roll_call import RollCall, call
 from asteria.distributed.topology import Topology
+from asteria.errors import CoherenceError
+from tests.support.execution import FakeClock
 from tests.support.network import Network, posts
 
 RANKS = (4, 6, 7)
@@ -51,8 +55,27 @@ def test_who_is_gone_and_who_is_silent_are_named_as_the_user_knows_them() -> Non
     assert first.missing([4, 6]) == {}, "late answers to the first call are none to this one"
 
 
+def test_a_wait_that_is_too_long_names_who_is_missing_and_not_who_waits_for_it() -> None:
+    """Rank 6 is asked for something that it cannot have, because of rank 7."""
+    network = Network(3)
+    clock = FakeClock()
+    first, *_ = made = posts(network, Topology.even(3, 3), clock, timeout_s=5.0)
+    for post in made:
+        RollCall(post, RANKS, answer_s=2.0, clock=Delivering(network))
+        post.open()
+    network.stopped.add(2)
+
+    def silence(seconds: float) -> bool:
+        clock.advance(seconds)
+        return False
+
+    with pytest.raises(CoherenceError, match="for a basis, and rank 2 does not answer. Look"):
+        first.wait(silence, lambda: [1], "a basis", "basis")
+    links = first.counters.summary().links
+    assert not any(link.sent_messages or link.received_messages for link in links.values())
+
+
 def test_any_optimizer_of_the_process_can_ask() -> None:
-    gc.collect()
     network = Network(3)
     made = roll_calls(network)
     network.lose(0)

@@ -26,15 +26,15 @@ def stop(rank: int) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def until_one_is_lost(rank: int, lose: Callable[[int], None]) -> str:
-    """What the other rank is told."""
-    mesh = init_device_mesh("cpu", (2,))
+def until_one_is_lost(rank: int, lose: Callable[[int], None], size: int = 2) -> str:
+    """What the other ranks are told."""
+    mesh = init_device_mesh("cpu", (size,))
     parameter = nn.Parameter(DTensor.from_local(torch.ones(3, 4), mesh, [Shard(0)]))
     optimizer = build("SOAP", [("weight", parameter)], {})
     for step in range(3):
         gradient = torch.full((3, 4), float(step + 1))
         parameter.grad = DTensor.from_local(gradient, mesh, [Shard(0)])
-        if rank == 1 and step == 2:
+        if rank == size - 1 and step == 2:
             lose(rank)
         try:
             optimizer.step()
@@ -56,3 +56,24 @@ def test_the_others_raise_and_name_it(
     assert f"by ranks 0, 1, which share parameters: rank 1 {why}" in told
     assert "restart all of them from a checkpoint" in told
     assert told.endswith(("<- RuntimeError", "<- DistBackendError", "<- DistNetworkError"))
+
+
+def until_all_are_told(rank: int, store: Path) -> str:
+    """The same of three ranks, of which the two that are left live until both know."""
+    told = until_one_is_lost(rank, leave, size=3)
+    meeting = torch.distributed.FileStore(str(store), 2)
+    meeting.set(f"rank {rank}", "told")
+    meeting.wait(["rank 0", "rank 1"])
+    return told
+
+
+def test_who_lives_is_not_blamed(tmp_path: Path) -> None:
+    crew = Crew(3, tmp_path / "store", until_all_are_told, tmp_path / "meeting")
+    try:
+        for rank in range(2):
+            told = crew.result(rank)
+            assert "which share parameters: rank 2 is gone" in told
+            assert "rank 0 " not in told
+            assert "rank 1 " not in told
+    finally:
+        crew.close()
