@@ -40,6 +40,8 @@ EXIT_S = 20.0
 MODULES = ["benchmarks.rank_fault_run", "torch._dynamo"]
 """Imported once, by the server whose children the ranks are."""
 OURS = "CoherenceError"
+_SHOWN = 280
+"""Characters of an error that are reported; torch.distributed's are long."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -178,7 +180,7 @@ def attempt(plan: Plan, wanted: Mapping[int, bytes] | None = None) -> dict[str, 
     return {
         **dataclasses.asdict(plan),
         "latest_s": round(latest_s, 3),
-        "errors": {str(rank): error for rank, error in sorted(outcome.errors.items())},
+        "errors": {str(rank): error[:_SHOWN] for rank, error in sorted(outcome.errors.items())},
         "problems": judge(plan, outcome, resumed, wanted),
     }
 

@@ -50,7 +50,7 @@ class RollCall:
         post.on(_CALL, self._answer, counted=False)
         post.on(_HERE, self._hear, counted=False)
         post.on_silence(lambda: self._absent(set(self._numbers_of.values())))
-        _OPEN.append(weakref.ref(self))
+        _OPEN[next(_NUMBERS)] = self
 
     def reaches(self, ranks: Iterable[int]) -> bool:
         """Whether all of these can be asked."""
@@ -98,7 +98,8 @@ class RollCall:
                 self._changed.notify_all()
 
 
-_OPEN: list[weakref.ref[RollCall]] = []
+_NUMBERS = itertools.count()
+_OPEN: weakref.WeakValueDictionary[int, RollCall] = weakref.WeakValueDictionary()
 """Of all optimizers of this process, the oldest first: what ranks of a mesh do together belongs to
 the process, and any of them can ask for it."""
 
@@ -108,9 +109,7 @@ def call(ranks: Sequence[int]) -> dict[int, str] | None:
 
     Any thread.
     """
-    _OPEN[:] = [own for own in _OPEN if own() is not None]
-    for own in reversed(_OPEN):
-        roll_call = own()
-        if roll_call is not None and roll_call.reaches(ranks):
+    for roll_call in reversed(list(_OPEN.values())):
+        if roll_call.reaches(ranks):
             return roll_call.missing(ranks)
     return None
