@@ -49,6 +49,7 @@ def add_plan(commands: argparse._SubParsersAction[Any], *, epilog: str) -> None:
     of_runtime.add_argument("--nvme-path", metavar="FOLDER", help="of the NVMe tier")
     of_runtime.add_argument("--refresh", metavar="async|sync")
     of_runtime.add_argument("--refresh-method", metavar="qr|eigh|auto")
+    of_runtime.add_argument("--factors", metavar="full|packed", help="how they are kept")
     of_runtime.add_argument("--staleness", type=int, metavar="STEPS")
     of_runtime.add_argument("--workers", type=int, metavar="N", help="host threads for refreshes")
 
