@@ -78,8 +78,8 @@ def decay_half_(
     """The half of A becomes that of beta A + weight X X^T, in place.
 
     Shapes: half (b, r, 2 t + 1), rows X (b, n, k), gate as in `decay_gram_`. The products are those
-    of T, S and B: three quarters of the work for a whole matrix, in a quarter of its memory at a
-    time. How many blocks go together depends on shapes only. No synchronization with the device.
+    of T, S and B: three quarters of the work for a whole matrix, in half of its memory at a time.
+    How many blocks go together depends on shapes only. No synchronization with the device.
     """
     step = _blocks_at_a_time(rows.shape[-2], half.element_size())
     kept: float | Tensor = beta
@@ -94,22 +94,26 @@ def decay_half_(
 def fold_bytes(size: int, blocks: int, itemsize: int) -> int:
     """Temporary memory of `decay_half_` for so many matrices of ``size`` rows."""
     together = min(blocks, _blocks_at_a_time(size, itemsize))
-    return together * (size - size // 2) ** 2 * itemsize
+    return together * _product_bytes(size, itemsize)
 
 
 def _blocks_at_a_time(size: int, itemsize: int) -> int:
-    return max(1, _SCRATCH_BYTES // ((size - size // 2) ** 2 * itemsize))
+    return max(1, _SCRATCH_BYTES // _product_bytes(size, itemsize))
+
+
+def _product_bytes(size: int, itemsize: int) -> int:
+    """Of S and B."""
+    return (size - size // 2) * size * itemsize
 
 
 def _decay_parts_(half: Tensor, rows: Tensor, kept: float | Tensor, added: float | Tensor) -> None:
-    top = rows.shape[-2] // 2
-    off, lower, upper = _parts(half)
-    first, second = rows[:, :top], rows[:, top:]
+    size = rows.shape[-2]
+    top = size // 2
+    first, (*_, upper) = rows[:, :top], _parts(half)
     half.mul_(kept)
-    # What is zeroed belongs to the other triangle.
-    _add_(lower, torch.bmm(second, second.mT).tril_(), added)
+    # S and B, then T; what is zeroed belongs to the other triangle.
+    _add_(half[..., :size], torch.bmm(rows[:, top:], rows.mT).tril_(top), added)
     _add_(upper, torch.bmm(first, first.mT).triu_(), added)
-    _add_(off, torch.bmm(second, first.mT), added)
 
 
 def _add_(target: Tensor, product: Tensor, factor: float | Tensor) -> None:

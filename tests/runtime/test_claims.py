@@ -94,7 +94,7 @@ def test_packed_factors_are_half_and_made_whole_beside() -> None:
     ][:2]
     nothing = working_bytes([], refreshes=1)
     held = 2 * 64 * 64 * 4 + 2 * half
-    step = 3 * 64 * 64 * 4 + 32 * 32 * 4
+    step = 3 * 64 * 64 * 4 + 32 * 64 * 4
     assert working_bytes([(packed, 1)], refreshes=1) - nothing == step + 9 * 64 * 64 * 4 + held
     # Nearly square ones need not be noted: there is half as much to be read and written.
     shape = BlockShape((256, 64), (True, True))
