@@ -146,8 +146,8 @@ class RuntimeConfig:
     `"full"`: as square matrices. `"packed"`: half of each, for they are symmetric: a sixth less
     state of a square matrix in SOAP and KL-SOAP, a fifth less in KL-Shampoo. Results differ by
     rounding. Steps of matrices of a few hundred rows and more take as long as before, smaller ones
-    up to a tenth longer; a refresh makes its factor whole before it begins. State dicts show
-    factors whole, so that a run with either can load them.
+    up to a tenth longer; a refresh unpacks its factor before it begins. State dicts show factors
+    in full, so that a run with either can load them.
     """
     nonfinite: Nonfinite = "raise"
     """A gradient with inf or nan: `"raise"`, or `"skip"` the step and count it."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["decay_half_", "fold_bytes", "pack", "packed_shape", "size_of", "unpack", "whole"]
+__all__ = ["decay_half_", "fold_bytes", "pack", "packed_shape", "size_of", "unpack", "unpacked"]
 
 _SCRATCH_BYTES = 32 * 1024**2
 """Of what a fold computes at a time, or that of a single matrix where it is larger."""
@@ -67,7 +67,7 @@ def unpack(half: Tensor, *, out: Tensor | None = None) -> Tensor:
     return matrix
 
 
-def whole(factor: Tensor) -> Tensor:
+def unpacked(factor: Tensor) -> Tensor:
     """``factor`` (..., n, n) itself, or the matrices that it is half of, in memory of their own."""
     return factor if factor.shape[-1] == factor.shape[-2] else unpack(factor)
 
@@ -78,7 +78,7 @@ def decay_half_(
     """The half of A becomes that of beta A + weight X X^T, in place.
 
     Shapes: half (b, r, 2 t + 1), rows X (b, n, k), gate as in `decay_gram_`. The products are those
-    of T, S and B: three quarters of the work for a whole matrix, in half of its memory at a time.
+    of T, S and B: three quarters of the work for a full matrix, in half of its memory at a time.
     How many blocks go together depends on shapes only. No synchronization with the device.
     """
     step = _blocks_at_a_time(rows.shape[-2], half.element_size())

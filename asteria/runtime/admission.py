@@ -333,6 +333,6 @@ def _load(saved: Opened, values: Mapping[str, Tensor], tile: Tile) -> None:
     suffix, first, blocks = tile.record.route.place_of(tile.plan)
     for spec in tile.record.route.rule.fields(tile.plan.shape):
         if spec.name in values and spec.name + suffix in saved:
-            given = saved[spec.name + suffix].reshape(blocks, *spec.whole_shape)
+            given = saved[spec.name + suffix].reshape(blocks, *spec.shown_shape)
             part = given[first : first + tile.plan.blocks]
             values[spec.name].copy_(part if spec.half_of is None else pack(part))

@@ -143,7 +143,7 @@ def _step_bytes(key: ExtentKey, blocks: int) -> int:
 
 def _refresh_bytes(key: ExtentKey) -> int:
     """What a refresh of a block computes in."""
-    copies = _REFRESH_COPIES + (key.rule.factors == "packed")  # the whole factor is one more
+    copies = _REFRESH_COPIES + (key.rule.factors == "packed")  # the unpacked one is one more
     return copies * key.dtype.itemsize * max(key.shape.factor_sizes(), default=0) ** 2
 
 

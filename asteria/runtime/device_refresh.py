@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from asteria.linalg.method import Method, refreshed
-from asteria.linalg.packed import size_of, whole
+from asteria.linalg.packed import size_of, unpacked
 from asteria.refresh.job import Job
 from asteria.refresh.pipeline import Flight
 from asteria.runtime import extents
@@ -121,7 +121,7 @@ def _refreshed(pairs: Pairs, *, method: Method, sort: bool) -> list[Tensor]:
         for part in _parts(factor):
             # Bases may be stored in fewer bits.
             before = basis[part].to(factor.dtype)
-            result = refreshed(whole(factor[part]), before, method=method, sort=sort)
+            result = refreshed(unpacked(factor[part]), before, method=method, sort=sort)
             usable.append(result.usable)
             kept = torch.where(result.usable[:, None, None], result.basis, before)
             target[part].copy_(kept)

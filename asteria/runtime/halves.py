@@ -1,4 +1,4 @@
-"""Packed factors as people see them: whole, made when somebody looks at them."""
+"""Packed factors as people see them: full, unpacked when somebody looks at them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from asteria.linalg.packed import pack, unpack
 from asteria.store.buffers import host_memory
 from asteria.store.distant import Source
 
-__all__ = ["WholeSource"]
+__all__ = ["UnpackedSource"]
 
 
-class WholeSource:
+class UnpackedSource:
     """The matrices that another source has the halves of, one after the other. Any thread."""
 
     def __init__(self, halves: Source, shape: Sequence[int]) -> None:
@@ -34,9 +34,9 @@ class WholeSource:
             target = host_memory(nbytes).view(half.dtype).view(len(half), size, size)
         return unpack(half, out=target).view(self._shape)
 
-    def kept(self) -> WholeSource:
+    def kept(self) -> UnpackedSource:
         """The same values in memory: of all that may be kept of them, half."""
-        return WholeSource(_InMemory(self._halves.read()), self._shape)
+        return UnpackedSource(_InMemory(self._halves.read()), self._shape)
 
     @property
     def is_in_memory(self) -> bool:
@@ -50,7 +50,7 @@ class WholeSource:
         if not torch.equal(matrices, matrices.mT):
             return self._halves.replaced(value)
         half = pack(matrices)
-        return WholeSource(self._halves.replaced(half) or _InMemory(half), value.shape)
+        return UnpackedSource(self._halves.replaced(half) or _InMemory(half), value.shape)
 
 
 class _InMemory:

@@ -13,7 +13,7 @@ from asteria.config.runtime import RuntimeConfig
 from asteria.linalg.eigenbasis import eigh_basis
 from asteria.linalg.method import Method, refreshed
 from asteria.linalg.modes import replace_
-from asteria.linalg.packed import size_of, whole
+from asteria.linalg.packed import size_of, unpacked
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.chunks import Chunk
 from asteria.runtime.extents import CHUNK_BYTES
@@ -52,7 +52,7 @@ class InlineRefresher:
             on_host = self._is_on_host(factor)
             for blocks in block_parts(state):
                 part = factor[blocks].cpu() if on_host else factor[blocks]
-                fresh = eigh_basis(whole(part))
+                fresh = eigh_basis(unpacked(part))
                 basis[blocks].copy_(fresh.basis)
                 self._counters.refreshes += len(fresh.basis)
                 self._counters.refresh_cost += len(fresh.basis) * float(basis.shape[-1]) ** 3
@@ -123,11 +123,13 @@ class InlineRefresher:
     ) -> Tensor:
         """New bases (b, n, n); where none could be computed, the ones in use."""
         if self._is_on_host(factor):
-            outcome = verified_refresh(whole(factor.cpu()), basis.cpu(), method=method, sort=sort)
+            outcome = verified_refresh(
+                unpacked(factor.cpu()), basis.cpu(), method=method, sort=sort
+            )
             found.failures.append(outcome.failures.moved(found.blocks))
             self._counters.retried_refreshes += outcome.failures.retried
             return outcome.basis.to(factor.device)
-        result = refreshed(whole(factor), basis, method=method, sort=sort)
+        result = refreshed(unpacked(factor), basis, method=method, sort=sort)
         found.usable.append(result.usable)
         return torch.where(result.usable[:, None, None], result.basis, basis)
 

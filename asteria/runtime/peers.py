@@ -21,7 +21,6 @@ from asteria.distributed.topology import Topology
 from asteria.distributed.wire import GlooWire, Wire
 from asteria.runtime.records import Fetch, ParameterRecord, Route, TilePlan, state_dtype
 from asteria.runtime.units import Unit
-from asteria.store.layout import Life
 from asteria.telemetry.counters import Network
 
 __all__ = ["Meeting", "Member", "Membership", "Peers", "meet"]
@@ -148,8 +147,8 @@ class Peers:
         for one in everyone:
             for plan in one.route.tiles if one.route.rule.has_bases else ():
                 if (one.index, plan.ordinal) not in self._owners:
-                    fields = [f for f in one.route.rule.fields(plan.shape) if f.life is Life.SUM]
-                    nbytes = plan.blocks * sum(field.nbytes(one.dtype) for field in fields)
+                    sizes = plan.shape.factor_sizes()
+                    nbytes = one.dtype.itemsize * plan.blocks * sum(size**2 for size in sizes)
                     units.append((one.index, plan.ordinal))
                     loads.append(Load(plan.refresh_cost, nbytes))
         if not units:

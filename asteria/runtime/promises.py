@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from asteria.errors import StoreFullError
-from asteria.runtime.halves import WholeSource
+from asteria.runtime.halves import UnpackedSource
 from asteria.store.distant import Distant, Source, Values
 from asteria.store.layout import Layout
 from asteria.store.sources import FieldSource, SlotReads
@@ -64,7 +64,7 @@ class Promises:
     ) -> Tensor:
         """A tensor of what ``read`` makes of the live state, which may be ``halves`` of it."""
         live = _Live(read)
-        source = WholeSource(live, shape) if halves else live
+        source = UnpackedSource(live, shape) if halves else live
         return Distant(Values(source, shape, dtype, device, tell=self._tell))
 
     def keep(self) -> None:
@@ -74,7 +74,7 @@ class Promises:
             source = values.source
             if source is None or source.lasts:
                 continue
-            if isinstance(source, WholeSource):
+            if isinstance(source, UnpackedSource):
                 values.exchange(source, source.kept())
             else:
                 values.hold()
@@ -106,7 +106,7 @@ class Promises:
 
 
 def _is_elsewhere(source: Source | None) -> bool:
-    in_memory = isinstance(source, WholeSource) and source.is_in_memory
+    in_memory = isinstance(source, UnpackedSource) and source.is_in_memory
     return source is not None and not in_memory
 
 

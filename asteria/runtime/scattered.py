@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asteria.errors import CheckpointError
-from asteria.linalg.packed import whole
+from asteria.linalg.packed import unpacked
 from asteria.runtime.extents import Extent
 from asteria.runtime.records import Tile
 from asteria.store.distant import Distant, Source, Values
@@ -78,7 +78,7 @@ class _OfStep:
         for extent, tile in self._places:
             size = tile.plan.blocks * columns
             part = values[at : at + size].view(tile.plan.blocks, *self._shape[-2:])
-            part.copy_(whole(self._part(extent, tile)))
+            part.copy_(unpacked(self._part(extent, tile)))
             at += size
         return values.view(self._shape)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from asteria.linalg.packed import unpack
 from asteria.runtime.extents import Extent
-from asteria.runtime.halves import WholeSource
+from asteria.runtime.halves import UnpackedSource
 from asteria.runtime.promises import Promises
 from asteria.runtime.records import ParameterRecord, Tile
 from asteria.runtime.scattered import Scattered
@@ -133,11 +133,11 @@ class _Elsewhere:
         for part in self._settled():
             cell = part.extent.cells[self._life]
             lease = part.extent.door.stored(cell)
-            shape = (part.stop - part.start, *cell.layout.field(self._name).whole_shape)
+            shape = (part.stop - part.start, *cell.layout.field(self._name).shown_shape)
             if lease is not None:
                 place = part.extent.place(part.start, part.stop, self._life)
                 stored = promises.field(lease, cell.layout, self._name, *place)
-                sources.append(WholeSource(stored, shape) if self._is_half else stored)
+                sources.append(UnpackedSource(stored, shape) if self._is_half else stored)
             elif cell.is_blank:
                 sources.append(ZeroSource(shape, dtype))
             elif self._is_half:

@@ -46,7 +46,7 @@ class FieldSpec:
     """n, if it is half of a symmetric (n, n) matrix."""
 
     @property
-    def whole_shape(self) -> tuple[int, ...]:
+    def shown_shape(self) -> tuple[int, ...]:
         """Of one block, as people see it: of the matrix that it is half of, if it is."""
         return self.shape if self.half_of is None else (self.half_of, self.half_of)
 

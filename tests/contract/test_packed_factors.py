@@ -21,7 +21,7 @@ import asteria
 from asteria import RuntimeConfig
 from asteria.linalg.packed import packed_shape
 from asteria.optim.optimizer import SecondOrderOptimizer
-from asteria.runtime import host_refresh, inline
+from asteria.runtime import device_refresh, host_refresh, inline
 from asteria.store.distant import Distant
 from asteria.store.layout import Life
 from tests.support.arms import OPTIMIZERS, over_optimizers
@@ -50,7 +50,7 @@ RUNTIMES = {
 over_runtimes = pytest.mark.parametrize("runtime", RUNTIMES)
 SAVED, STEPS = GROWN + 6, GROWN + 16
 HALF_ELEMENTS = sum(n * (n + 1) // 2 for n in (6, 4, 4, 4, 3, 2, 4))
-WHOLE_ELEMENTS = sum(n * n for n in (6, 4, 4, 4, 3, 2, 4))
+FULL_ELEMENTS = sum(n * n for n in (6, 4, 4, 4, 3, 2, 4))
 
 
 def trained(name: str, runtime: RuntimeConfig, **options: Any) -> SecondOrderOptimizer:
@@ -87,18 +87,18 @@ def stored(optimizer: SecondOrderOptimizer) -> dict[tuple[int, str], Tensor]:
 def test_half_of_each_factor_is_stored_and_nothing_else_changes(name: str) -> None:
     optimizer, full = trained(name, RUNTIMES["async"]), trained(name, RuntimeConfig())
     saved = full.describe().state_bytes - optimizer.describe().state_bytes
-    assert saved == 4 * (WHOLE_ELEMENTS - HALF_ELEMENTS)
-    halves, wholes = stored(optimizer), stored(full)
-    assert halves.keys() == wholes.keys()
-    for place, whole in wholes.items():
-        assert halves[place].shape == (len(whole), *packed_shape(whole.shape[-1]))
+    assert saved == 4 * (FULL_ELEMENTS - HALF_ELEMENTS)
+    halves, fulls = stored(optimizer), stored(full)
+    assert halves.keys() == fulls.keys()
+    for place, square in fulls.items():
+        assert halves[place].shape == (len(square), *packed_shape(square.shape[-1]))
     shown, wanted = everything(optimizer), everything(full)
     assert {k: t.shape for k, t in shown.items()} == {k: t.shape for k, t in wanted.items()}
 
 
 @over_runtimes
 @over_optimizers
-def test_the_run_differs_from_that_with_whole_factors_by_rounding(name: str, runtime: str) -> None:
+def test_the_run_differs_from_that_with_full_factors_by_rounding(name: str, runtime: str) -> None:
     # In float64, for float32 is so coarse that other rounding turns a basis now and then.
     config = RUNTIMES[runtime]
     full = RuntimeConfig(
@@ -130,7 +130,7 @@ BEGINNINGS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "options"), BEGINNINGS)
-def test_factors_begin_as_whole_ones_do(name: str, options: dict[str, Any]) -> None:
+def test_factors_begin_as_full_ones_do(name: str, options: dict[str, Any]) -> None:
     runs = [
         OPTIMIZERS[name](parameters(SHAPES), runtime=runtime, **options)
         for runtime in (RUNTIMES["sync"], RuntimeConfig(refresh="sync"))
@@ -191,8 +191,8 @@ def test_a_factor_that_is_not_finite_keeps_the_basis(name: str) -> None:
     assert all(bool(w.isfinite().all()) for w in params_of(optimizer))
 
 
-def test_whole_factors_are_made_for_few_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks go through a refresh inside the step as if their factors were whole."""
+def test_factors_are_unpacked_for_few_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks go through a refresh inside the step as if their factors were full."""
     sizes: list[int] = []
     real = inline.verified_refresh
 
@@ -205,6 +205,21 @@ def test_whole_factors_are_made_for_few_blocks_at_a_time(monkeypatch: pytest.Mon
     optimizer = build("SOAP", RUNTIMES["sync"], shapes=[(6, 6)] * 5)
     train(optimizer, range(3))
     assert set(sizes) == {2 * 4 * 6 * 6, 4 * 6 * 6}
+
+
+def test_so_are_those_of_refreshes_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = device_refresh.refreshed
+
+    def listening(factor: Tensor, *given: Any, **options: Any) -> Any:
+        sizes.append(factor.nbytes)
+        return real(factor, *given, **options)
+
+    monkeypatch.setattr(device_refresh, "refreshed", listening)
+    monkeypatch.setattr(device_refresh.extents, "CHUNK_BYTES", 2 * 4 * 8 * 8)
+    optimizer = on_device("SOAP", DeferredSide(), [(8, 2)] * 5, 1, start="eigh", **PACKED)
+    train(optimizer, range(4))
+    assert max(sizes) == 2 * 4 * 8 * 8
 
 
 # Checkpoints
@@ -266,8 +281,8 @@ def test_checkpoints_do_not_tell_the_form(forms: str, way: str, tmp_path: Path) 
     found, wanted = everything(target), everything(source)
     if saving == "full":  # which is symmetric but for rounding
         for key in factors(source):
-            torch.testing.assert_close(found.pop(key), whole := wanted.pop(key))
-            assert same_bits(factors(target)[key].tril(), whole.tril())
+            torch.testing.assert_close(found.pop(key), given := wanted.pop(key))
+            assert same_bits(factors(target)[key].tril(), given.tril())
     assert_same_bits(found, wanted)
     with contextlib.closing(target):
         train(target, range(SAVED, STEPS))
@@ -288,7 +303,7 @@ def test_a_state_dict_that_is_kept_stays_as_it_was_and_takes_half(place: str | N
         index, entry = key.split(".")
         kept = state[int(index)][entry]
         assert isinstance(kept, Distant)
-        assert not kept.is_held, "whole factors would take twice the room"
+        assert not kept.is_held, "unpacked they would take twice the room"
         assert same_bits(kept.clone(), factor)
 
 

@@ -88,7 +88,7 @@ def test_one_rank_saves_while_the_others_do_nothing(name: str) -> None:
 
 
 @over_optimizers
-def test_packed_factors_of_other_ranks_are_shown_whole(name: str) -> None:
+def test_packed_factors_of_other_ranks_are_shown_in_full(name: str) -> None:
     """Half of them travels; one process resumes to the same bits, in either form."""
     options: dict[str, Any] = {"runtime": RuntimeConfig(factors="packed")}
     ranks = trained(name, PAIR, **options)

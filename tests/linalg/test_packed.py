@@ -6,7 +6,7 @@ from torch import Tensor
 
 from asteria.linalg import packed
 from asteria.linalg.modes import decay_gram_
-from asteria.linalg.packed import fold_bytes, pack, packed_shape, size_of, unpack, whole
+from asteria.linalg.packed import fold_bytes, pack, packed_shape, size_of, unpack, unpacked
 from tests.support.training import same_bits
 
 SIZES = [1, 2, 3, 4, 5, 8, 9, 17]
@@ -69,16 +69,16 @@ def test_shapes_are_known_without_values() -> None:
     assert unpack(half).shape == (2, 6, 6)
 
 
-def test_whole_matrices_are_left_as_they_are() -> None:
+def test_full_matrices_are_left_as_they_are() -> None:
     matrix = symmetric(4, 2)
-    assert whole(matrix) is matrix
-    assert same_bits(whole(pack(matrix)), matrix)
+    assert unpacked(matrix) is matrix
+    assert same_bits(unpacked(pack(matrix)), matrix)
 
 
 @pytest.mark.parametrize("gate", [None, 1.0, 0.0])
 @pytest.mark.parametrize("mode", [0, 1, 2])
 @pytest.mark.parametrize("dims", [(4, 3, 2), (5, 1, 3), (1, 2, 7)])
-def test_a_fold_is_that_of_the_whole_matrix(
+def test_a_fold_is_that_of_the_full_matrix(
     dims: tuple[int, ...], mode: int, gate: float | None
 ) -> None:
     x = torch.randn(3, *dims, dtype=torch.float64)

@@ -84,7 +84,7 @@ def test_contributed_tensors_are_counted_as_they_come(rule: type) -> None:
     assert bool(ledger_steps(of, 10)) == (fold + 0.4 * (36 + 16) <= 0.5 * 2 * (36 + 16))
 
 
-def test_packed_factors_are_half_and_made_whole_beside() -> None:
+def test_packed_factors_are_half_and_unpacked_beside() -> None:
     packed = ExtentKey(SOAP(factors="packed"), SQUARE, torch.float32, torch.device("cpu"))
     half = 64 * 65 // 2 * 4
     *others, factors = items(packed, 3, 10, SYNC)

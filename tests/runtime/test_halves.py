@@ -1,11 +1,11 @@
-"""Packed factors are shown whole, and take half as long as nobody looks."""
+"""Packed factors are shown in full, and take half as long as nobody looks."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from asteria.linalg.packed import pack
-from asteria.runtime.halves import WholeSource
+from asteria.runtime.halves import UnpackedSource
 from asteria.runtime.promises import Promises
 from asteria.store import sources
 from asteria.store.distant import Distant, Source
@@ -21,13 +21,13 @@ def symmetric(seed: int = 0, size: int = 5) -> Tensor:
     return matrix.tril() + matrix.tril(-1).mT
 
 
-def on_disk(tier: CheckedTier, factor: Tensor) -> WholeSource:
+def on_disk(tier: CheckedTier, factor: Tensor) -> UnpackedSource:
     half = pack(factor)
     layout = Layout([FieldSpec("factor_0", tuple(half.shape[1:]), half_of=5)], 2, torch.float32)
     memory = torch.zeros(layout.nbytes, dtype=torch.uint8)
     layout.views(memory)["factor_0"].copy_(half)
     lease = Lease(tier, tier.put(memory))
-    return WholeSource(FieldSource(SlotReads(), lease, layout, "factor_0", 0, 2), factor.shape)
+    return UnpackedSource(FieldSource(SlotReads(), lease, layout, "factor_0", 0, 2), factor.shape)
 
 
 def test_values_are_read_each_time() -> None:
@@ -49,7 +49,7 @@ def test_what_replaces_them_goes_where_they_are(
     found = source.replaced(value)
     assert found is not None
     assert same_bits(found.read(), value)
-    assert isinstance(found, WholeSource)
+    assert isinstance(found, UnpackedSource)
     assert found.is_in_memory == (least_bytes > 0)
     if not least_bytes:
         assert tier.slots[-1].nbytes == pack(value).nbytes
