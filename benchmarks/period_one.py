@@ -43,6 +43,7 @@ class Arm:
 
 LDLR = (("refresh_method", "ldlr"),)
 NARROW = (("state_dtype", "bfloat16"),)
+PACKED = (("factors", "packed"),)
 ARMS = {
     BASELINE: Arm(label="qr"),
     NOISE: Arm(label="qr, first weights changed by 1e-6", perturbation=1e-6),
@@ -51,6 +52,8 @@ ARMS = {
     "narrow": Arm(label="qr, bases in bfloat16", runtime=NARROW),
     "narrow ldlr": Arm(label="ldlr, bases in bfloat16", runtime=(*LDLR, *NARROW)),
     "narrow 10": Arm(label="qr every 10th step, bases in bfloat16", runtime=NARROW, period=10),
+    "packed": Arm(label="qr, half of each factor", runtime=PACKED),
+    "packed 10": Arm(label="qr every 10th step, half of each factor", runtime=PACKED, period=10),
     "qr 10": Arm(label="qr every 10th step", period=10),
 }
 

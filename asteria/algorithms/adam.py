@@ -9,6 +9,7 @@ from torch import Tensor
 
 from asteria.algorithms.algorithm import Algorithm, BlockShape, BlockState, Contribution, Pair
 from asteria.config.hyperparameters import Hyperparameters
+from asteria.config.runtime import Factors
 from asteria.linalg.modes import replace_
 from asteria.store.layout import FieldSpec
 
@@ -122,10 +123,11 @@ class AdamW:
     squeezes = True
     sorts_columns = False
     bases_in: torch.dtype | None = None
+    factors: Factors = "full"
     rows_alike = True
 
-    def storing(self, bases_in: torch.dtype) -> Algorithm:
-        """The same rule: there are no eigenbases."""
+    def storing(self, bases_in: torch.dtype | None, factors: Factors) -> Algorithm:
+        """The same rule: there are no eigenbases and no factors."""
         return self
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:

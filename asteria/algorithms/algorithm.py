@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from asteria.config.hyperparameters import Hyperparameters
+from asteria.config.runtime import Factors
 from asteria.linalg.modes import decay_gram_
+from asteria.linalg.packed import packed_shape
 from asteria.store.layout import FieldSpec, Life
 
 __all__ = [
@@ -57,13 +59,24 @@ class BlockShape:
         """Sizes of the Kronecker factors, by mode."""
         return tuple(n for n, factored in zip(self.dims, self.factored, strict=True) if factored)
 
-    def factor_fields(self, bases_in: torch.dtype | None = None) -> tuple[FieldSpec, ...]:
-        """Factor and eigenbasis of every factored mode, (n, n) each.
+    def factor_fields(
+        self, bases_in: torch.dtype | None = None, form: Factors = "full"
+    ) -> tuple[FieldSpec, ...]:
+        """Factor and eigenbasis of every factored mode, (n, n) each; of a packed factor half of it.
 
         ``bases_in`` is what eigenbases are stored in where the state is float32.
         """
         sizes = [(m, n) for m, n in enumerate(self.dims) if self.factored[m]]
-        factors = [FieldSpec(f"factor_{m}", (n, n), life=Life.SUM) for m, n in sizes]
+        packed = form == "packed"
+        factors = [
+            FieldSpec(
+                f"factor_{m}",
+                packed_shape(n) if packed else (n, n),
+                life=Life.SUM,
+                half_of=n if packed else None,
+            )
+            for m, n in sizes
+        ]
         bases = [
             FieldSpec(f"basis_{m}", (n, n), by_columns=True, life=Life.BASIS, narrow=bases_in)
             for m, n in sizes
@@ -124,11 +137,17 @@ class Algorithm(Protocol):
     to its methods have the dtype of the state.
     """
 
+    factors: Factors
+    """How factors are stored, as in RuntimeConfig; so they are handed to `fold_`."""
+
     rows_alike: bool
     """Whether the rows of a block without a factor for them can be updated one after the other."""
 
-    def storing(self, bases_in: torch.dtype) -> Algorithm:
-        """The same rule with eigenbases stored in this dtype."""
+    def storing(self, bases_in: torch.dtype | None, factors: Factors) -> Algorithm:
+        """The same rule with eigenbases stored in this dtype, None is that of the state.
+
+        ``factors`` as in RuntimeConfig.
+        """
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """The state of one block."""

@@ -30,6 +30,7 @@ from asteria.algorithms.rotated_adam import (
     rotated_update_,
 )
 from asteria.config.hyperparameters import Hyperparameters
+from asteria.config.runtime import Factors
 from asteria.linalg.modes import replace_, scale_modes_, transform
 from asteria.store.layout import FieldSpec
 
@@ -49,12 +50,19 @@ class _KullbackLeibler:
     sorts_columns = False
     rows_alike = False
 
-    def __init__(self, bases_in: torch.dtype | None = None) -> None:
+    def __init__(self, bases_in: torch.dtype | None = None, factors: Factors = "full") -> None:
         self.bases_in = bases_in
+        self.factors: Factors = factors
 
-    def storing(self: Self, bases_in: torch.dtype) -> Self:
-        """The same rule with eigenbases stored in this dtype."""
-        return type(self)(bases_in)
+    def storing(self: Self, bases_in: torch.dtype | None, factors: Factors) -> Self:
+        """The same rule with eigenbases stored in this dtype and factors in this form."""
+        return type(self)(bases_in, factors)
+
+    def _kl_fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
+        """Factor and eigenbasis of each factored mode, inverse roots of all."""
+        factors = block.factor_fields(self.bases_in, self.factors)
+        roots = (FieldSpec(f"inverse_root_{mode}", (size,)) for mode, size in enumerate(block.dims))
+        return (*factors, *roots, FieldSpec("eigenvalue_scale", ()))
 
     def first_contributions(
         self, state: BlockState, gradient: Tensor, hyper: Hyperparameters
@@ -141,7 +149,7 @@ class KLShampoo(_KullbackLeibler):
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """One moment, factor and eigenbasis of each factored mode, inverse roots of all."""
-        return (FieldSpec("exp_avg", block.dims), *_kl_fields(block, self.bases_in))
+        return (FieldSpec("exp_avg", block.dims), *self._kl_fields(block))
 
     def direction_(
         self,
@@ -189,7 +197,7 @@ class KLSOAP(_KullbackLeibler):
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """Two moments, factor and eigenbasis of each factored mode, inverse roots of all."""
-        return moment_fields(block) + _kl_fields(block, self.bases_in)
+        return moment_fields(block) + self._kl_fields(block)
 
     def direction_(
         self,
@@ -221,11 +229,6 @@ class KLSOAP(_KullbackLeibler):
         """The first moment is rotated, the second keeps its spectrum."""
         project_moments_(state, scratch=scratch, bound=bound)
         _rank_roots_(state)
-
-
-def _kl_fields(block: BlockShape, bases_in: torch.dtype | None) -> tuple[FieldSpec, ...]:
-    roots = (FieldSpec(f"inverse_root_{mode}", (size,)) for mode, size in enumerate(block.dims))
-    return (*block.factor_fields(bases_in), *roots, FieldSpec("eigenvalue_scale", ()))
 
 
 def _rank_roots_(state: BlockState) -> None:

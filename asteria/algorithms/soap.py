@@ -23,6 +23,7 @@ from asteria.algorithms.rotated_adam import (
     rotated_update_,
 )
 from asteria.config.hyperparameters import Hyperparameters
+from asteria.config.runtime import Factors
 from asteria.store.layout import FieldSpec
 
 __all__ = ["SOAP"]
@@ -37,16 +38,17 @@ class SOAP:
     sorts_columns = True
     rows_alike = True
 
-    def __init__(self, bases_in: torch.dtype | None = None) -> None:
+    def __init__(self, bases_in: torch.dtype | None = None, factors: Factors = "full") -> None:
         self.bases_in = bases_in
+        self.factors: Factors = factors
 
-    def storing(self, bases_in: torch.dtype) -> Algorithm:
-        """The same rule with eigenbases stored in this dtype."""
-        return type(self)(bases_in)
+    def storing(self, bases_in: torch.dtype | None, factors: Factors) -> Algorithm:
+        """The same rule with eigenbases stored in this dtype and factors in this form."""
+        return type(self)(bases_in, factors)
 
     def fields(self, block: BlockShape) -> tuple[FieldSpec, ...]:
         """Two moments of the block's dims, factor and eigenbasis of each factored mode."""
-        return moment_fields(block) + block.factor_fields(self.bases_in)
+        return moment_fields(block) + block.factor_fields(self.bases_in, self.factors)
 
     def first_contributions(
         self, state: BlockState, gradient: Tensor, hyper: Hyperparameters

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from asteria.linalg.packed import decay_half_
+
 __all__ = ["change_basis_", "decay_gram_", "replace_", "scale_modes_", "transform"]
 
 
@@ -84,8 +86,8 @@ def decay_gram_(
 ) -> None:
     """``factor`` <- beta * factor + weight * X_(k) X_(k)^T, in place.
 
-    Shapes: factor (b, d_k, d_k), x (b, d_0, ...). ``gate`` is None or a scalar tensor that is 1,
-    or 0 to leave the factor as it is without the host knowing.
+    Shapes: factor (b, d_k, d_k), or the half of it that `pack` makes; x (b, d_0, ...). ``gate`` is
+    None or a scalar tensor that is 1, or 0 to leave the factor as it is without the host knowing.
     """
     blocks, dims = x.shape[0], x.shape[1:]
     size, before = dims[mode], math.prod(dims[:mode])
@@ -95,7 +97,9 @@ def decay_gram_(
         left = x.view(blocks, -1, size).mT
     else:
         left = x.view(blocks, before, size, -1).transpose(1, 2).reshape(blocks, size, -1)
-    if gate is None:
+    if factor.shape[-2] != factor.shape[-1]:
+        decay_half_(factor, left, beta=beta, weight=weight, gate=gate)
+    elif gate is None:
         factor.baddbmm_(left, left.mT, beta=beta, alpha=weight)
     else:
         change = torch.bmm(left, left.mT).mul_(weight).add_(factor, alpha=beta - 1)

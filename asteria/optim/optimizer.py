@@ -202,7 +202,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State and groups in torch's format: flat tensors keyed by parameter, and plain values.
 
-        What lies on a lower tier is as it is now, and read when somebody looks at the tensor.
+        What is packed or on a lower tier is as it is now, and read when somebody looks at it.
         Waits for the device and for refreshes in flight, which are part of it; all ranks call it if
         parameters are sharded. Raises NonFiniteGradientError if the device has refused a step,
         CheckpointError if the state got lost in a load.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from asteria.planner.question import Question
 from asteria.planner.refreshes import Refreshes, planned_refreshes, refreshes_beside
 from asteria.planner.table import readable_bytes, readable_s
 from asteria.runtime.claims import working_bytes
+from asteria.runtime.narrow import rule_for
 from asteria.store.cell import Home
 from asteria.store.residency import Item
 
@@ -83,7 +85,7 @@ def suggestions(
     if memory.bytes_at is None:
         yield from _more_room(question, groups, memory)
         yield from _smaller_state(question, ways, memory)
-        yield from _narrow_bases(question, refreshes)
+        yield from _smaller_storage(question, refreshes)
     elif (limit := memory.limits["device"]) is not None and memory.least_bytes > limit:
         budget = "host_budget" if question.machine.shares_memory else "device_budget"
         yield f"raise {budget} to at least {_exactly(memory.least_bytes)}"
@@ -135,20 +137,33 @@ def _smaller_state(question: Question, ways: Routed, memory: Memory) -> Iterator
     yield f"{best.options}: the state then takes {readable_bytes(best.state_bytes)}{still}"
 
 
-def _narrow_bases(question: Question, refreshes: Refreshes) -> Iterator[str]:
-    """Eigenbases in bfloat16, if the state has room then."""
-    if question.config.state_dtype == torch.bfloat16:
-        return
-    rule = question.rule.storing(torch.bfloat16)
+def _smaller_storage(question: Question, refreshes: Refreshes) -> Iterator[str]:
+    """Packed factors, or eigenbases in bfloat16, if the state has room then; else both."""
+    options: list[dict[str, Any]] = []
+    if question.config.factors == "full":
+        options.append({"factors": "packed"})
+    if question.config.state_dtype != torch.bfloat16:
+        options.append({"state_dtype": torch.bfloat16})
+    texts = [_stored(question, refreshes, option) for option in options]
+    if len(options) > 1 and not any(texts):
+        texts = [_stored(question, refreshes, options[0] | options[1])]
+    yield from filter(None, texts)
+
+
+def _stored(question: Question, refreshes: Refreshes, options: Mapping[str, Any]) -> str | None:
+    """What RuntimeConfig with these options takes, if the state has room then."""
+    config = replace(question.config, **options)
+    rule = rule_for(question.rule, config)
     device = torch.device("cpu" if question.machine.shares_memory else "cuda")
     census = planned_extents(routed(question.weights, question.group, rule), device)
-    jobs, _ = refreshes_beside(question.config, question.machine)
-    groups = placed(census, refreshes.period, question.config)
-    limits = budgets(question.config, question.machine, working_bytes(census, refreshes=jobs))
+    jobs, _ = refreshes_beside(config, question.machine)
+    groups = placed(census, refreshes.period, config)
+    limits = budgets(config, question.machine, working_bytes(census, refreshes=jobs))
     memory, placement = housed(census, groups, limits, refreshes=jobs)
-    if placement is not None:
-        taken = readable_bytes(memory.state_bytes)
-        yield f"RuntimeConfig(state_dtype=torch.bfloat16): the state then takes {taken}"
+    if placement is None:
+        return None
+    asked = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return f"RuntimeConfig({asked}): the state then takes {readable_bytes(memory.state_bytes)}"
 
 
 def _shorter_steps(question: Question, ways: Routed, limit: int) -> Iterator[str]:

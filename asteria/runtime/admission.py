@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from asteria.errors import CheckpointError
+from asteria.linalg.packed import pack
 from asteria.runtime.entries import Entries
 from asteria.runtime.extents import Extent, ExtentKey, cut_blocks, layouts
 from asteria.runtime.records import (
@@ -330,7 +331,8 @@ def _fill_cell(
 def _load(saved: Opened, values: Mapping[str, Tensor], tile: Tile) -> None:
     """The blocks of one tile from what was saved of its parameter; what was not stays zero."""
     suffix, first, blocks = tile.record.route.place_of(tile.plan)
-    for name, value in values.items():
-        if name + suffix in saved:
-            given = saved[name + suffix].reshape(blocks, *value.shape[1:])
-            value.copy_(given[first : first + tile.plan.blocks])
+    for spec in tile.record.route.rule.fields(tile.plan.shape):
+        if spec.name in values and spec.name + suffix in saved:
+            given = saved[spec.name + suffix].reshape(blocks, *spec.shown_shape)
+            part = given[first : first + tile.plan.blocks]
+            values[spec.name].copy_(part if spec.half_of is None else pack(part))

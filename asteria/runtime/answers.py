@@ -32,7 +32,7 @@ class Answers:
         self._lock = lock
 
     def __call__(self, note: Mapping[str, Any]) -> Sequence[Tensor]:
-        """The factor ``note["name"]`` of a tile, in host memory of its own.
+        """The factor ``note["name"]`` of a tile as it is stored, in host memory of its own.
 
         Raises CheckpointError if the other rank is at another step.
         """

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from asteria.config.runtime import RuntimeConfig, parse_bytes
+from asteria.linalg.packed import fold_bytes
 from asteria.runtime.extents import ExtentKey, layouts
 from asteria.runtime.rows import rows_at_a_time
 from asteria.store.layout import Life
@@ -99,7 +100,8 @@ def ledger_steps(key: ExtentKey, period: int) -> int:
     A step moves its contributions then, and a fold these and the factors.
     """
     steps = min(period, _MOST_STEPS)
-    factors = sum(size**2 for size in key.shape.factor_sizes()) * key.dtype.itemsize
+    fields = key.rule.fields(key.shape)
+    factors = sum(field.nbytes(key.dtype) for field in fields if field.life is Life.SUM)
     pays = 2 * _contributed_bytes(key) + 2 * factors / steps <= _GAIN * 2 * factors
     return steps if steps > 1 and pays else 0
 
@@ -128,12 +130,24 @@ def working_bytes(extents: Iterable[tuple[ExtentKey, int]], *, refreshes: int) -
     """
     known: Sequence[tuple[ExtentKey, int]] = list(extents)
     read = max((_refreshed_bytes(*extent) for extent in set(known)), default=0)
-    step = max((n * (3 * _chunk_bytes(k) + _widened_bytes(k)) for k, n in known), default=0)
-    factor = max(
-        (k.dtype.itemsize * size**2 for k, _ in known for size in k.shape.factor_sizes()),
-        default=0,
-    )
-    return step + (_REFRESH_COPIES * factor + read) * max(1, refreshes) + _OVERHEAD_BYTES
+    step = max((_step_bytes(*extent) for extent in set(known)), default=0)
+    copies = max((_refresh_bytes(key) for key in {key for key, _ in known}), default=0)
+    return step + (copies + read) * max(1, refreshes) + _OVERHEAD_BYTES
+
+
+def _step_bytes(key: ExtentKey, blocks: int) -> int:
+    """What a step computes in for so many blocks."""
+    folded = 0
+    if key.rule.factors == "packed":
+        sizes = key.shape.factor_sizes()
+        folded = max((fold_bytes(n, blocks, key.dtype.itemsize) for n in sizes), default=0)
+    return blocks * (3 * _chunk_bytes(key) + _widened_bytes(key)) + folded
+
+
+def _refresh_bytes(key: ExtentKey) -> int:
+    """What a refresh of a block computes in."""
+    copies = _REFRESH_COPIES + (key.rule.factors == "packed")  # the unpacked one is one more
+    return copies * key.dtype.itemsize * max(key.shape.factor_sizes(), default=0) ** 2
 
 
 def _refreshed_bytes(key: ExtentKey, blocks: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from asteria.linalg.method import Method, refreshed
+from asteria.linalg.packed import size_of, unpacked
 from asteria.refresh.job import Job
 from asteria.refresh.pipeline import Flight
 from asteria.runtime import extents
@@ -29,7 +30,7 @@ from asteria.store.layout import Life
 __all__ = ["DeviceRefresher"]
 
 Pairs = list[tuple[Tensor, Tensor]]
-"""(factors, bases) of every mode that has them, (b, n, n) each."""
+"""(factors, bases) of every mode that has them, (b, n, n) each; of packed factors half."""
 
 
 class DeviceRefresher:
@@ -120,7 +121,7 @@ def _refreshed(pairs: Pairs, *, method: Method, sort: bool) -> list[Tensor]:
         for part in _parts(factor):
             # Bases may be stored in fewer bits.
             before = basis[part].to(factor.dtype)
-            result = refreshed(factor[part], before, method=method, sort=sort)
+            result = refreshed(unpacked(factor[part]), before, method=method, sort=sort)
             usable.append(result.usable)
             kept = torch.where(result.usable[:, None, None], result.basis, before)
             target[part].copy_(kept)
@@ -131,6 +132,6 @@ def _refreshed(pairs: Pairs, *, method: Method, sort: bool) -> list[Tensor]:
 
 def _parts(factor: Tensor) -> Iterator[slice]:
     """Cuts the blocks so that what is made of them stays within a chunk."""
-    step = max(1, extents.CHUNK_BYTES // (factor[0].numel() * factor.element_size()))
+    step = max(1, extents.CHUNK_BYTES // (size_of(factor.shape) ** 2 * factor.element_size()))
     for start in range(0, len(factor), step):
         yield slice(start, start + step)

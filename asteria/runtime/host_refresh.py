@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from asteria.linalg.method import Method
+from asteria.linalg.packed import unpacked
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.chunks import Chunk
 from asteria.runtime.pending import Pending
@@ -99,7 +100,7 @@ def _refreshed(snapshots: Snapshots, link: Link, *, method: Method, sort: bool) 
         if pair is None:
             fresh.append(None)
             continue
-        factor, stored = pair[0].on_host(), pair[1].on_host()
+        factor, stored = unpacked(pair[0].on_host()), pair[1].on_host()
         basis = stored.to(factor.dtype)
         outcome = verified_refresh(factor, basis, method=method, sort=sort)
         del factor

@@ -13,6 +13,7 @@ from asteria.config.runtime import RuntimeConfig
 from asteria.linalg.eigenbasis import eigh_basis
 from asteria.linalg.method import Method, refreshed
 from asteria.linalg.modes import replace_
+from asteria.linalg.packed import size_of, unpacked
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.chunks import Chunk
 from asteria.runtime.extents import CHUNK_BYTES
@@ -50,7 +51,8 @@ class InlineRefresher:
                 continue
             on_host = self._is_on_host(factor)
             for blocks in block_parts(state):
-                fresh = eigh_basis(factor[blocks].cpu() if on_host else factor[blocks])
+                part = factor[blocks].cpu() if on_host else factor[blocks]
+                fresh = eigh_basis(unpacked(part))
                 basis[blocks].copy_(fresh.basis)
                 self._counters.refreshes += len(fresh.basis)
                 self._counters.refresh_cost += len(fresh.basis) * float(basis.shape[-1]) ** 3
@@ -121,11 +123,13 @@ class InlineRefresher:
     ) -> Tensor:
         """New bases (b, n, n); where none could be computed, the ones in use."""
         if self._is_on_host(factor):
-            outcome = verified_refresh(factor.cpu(), basis.cpu(), method=method, sort=sort)
+            outcome = verified_refresh(
+                unpacked(factor.cpu()), basis.cpu(), method=method, sort=sort
+            )
             found.failures.append(outcome.failures.moved(found.blocks))
             self._counters.retried_refreshes += outcome.failures.retried
             return outcome.basis.to(factor.device)
-        result = refreshed(factor, basis, method=method, sort=sort)
+        result = refreshed(unpacked(factor), basis, method=method, sort=sort)
         found.usable.append(result.usable)
         return torch.where(result.usable[:, None, None], result.basis, basis)
 
@@ -164,7 +168,7 @@ def block_parts(state: BlockState) -> Iterator[slice]:
     """Cuts the blocks so that what is made of their largest factors stays within a chunk."""
     factors = [tensor for name, tensor in state.items() if name.startswith("factor_")]
     if factors:
-        largest = max(factor[0].numel() * factor.element_size() for factor in factors)
+        largest = max(size_of(factor.shape) ** 2 * factor.element_size() for factor in factors)
         step = max(1, CHUNK_BYTES // largest)
         for start in range(0, len(factors[0]), step):
             yield slice(start, start + step)

@@ -1,4 +1,4 @@
-"""Eigenbases that are stored in fewer bits than the step computes with."""
+"""State that is stored in fewer bits than the step computes with."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ __all__ = ["as_stored", "rule_for", "widened"]
 
 def rule_for(rule: Algorithm, config: RuntimeConfig) -> Algorithm:
     """The rule, with its state stored as ``config`` wants it."""
-    dtype = config.state_dtype
-    return rule if dtype == torch.float32 else rule.storing(dtype)
+    narrow = None if config.state_dtype == torch.float32 else config.state_dtype
+    asked = narrow, config.factors
+    return rule if asked == (rule.bases_in, rule.factors) else rule.storing(*asked)
 
 
 def widened(state: BlockState, dtype: torch.dtype, scratch: Scratch | None = None) -> BlockState:

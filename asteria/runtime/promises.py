@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from asteria.errors import StoreFullError
+from asteria.runtime.halves import UnpackedSource
 from asteria.store.distant import Distant, Source, Values
 from asteria.store.layout import Layout
 from asteria.store.sources import FieldSource, SlotReads
@@ -58,20 +59,29 @@ class Promises:
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        halves: bool = False,
     ) -> Tensor:
-        """A tensor of what ``read`` makes of the live state."""
-        return Distant(Values(_Live(read), shape, dtype, device, tell=self._tell))
+        """A tensor of what ``read`` makes of the live state, which may be ``halves`` of it."""
+        live = _Live(read)
+        source = UnpackedSource(live, shape) if halves else live
+        return Distant(Values(source, shape, dtype, device, tell=self._tell))
 
     def keep(self) -> None:
         """The live state is about to change; raises StoreError if it cannot be read."""
         self._reads.forget()
         for values in self._all():
-            if values.source is not None and not values.source.lasts:
+            source = values.source
+            if source is None or source.lasts:
+                continue
+            if isinstance(source, UnpackedSource):
+                values.exchange(source, source.kept())
+            else:
                 values.hold()
 
     def give_way(self) -> bool:
         """Bring what is in slots to memory, so that tiers have room; whether there was anything."""
-        found = [values for values in self._all() if values.source is not None]
+        found = [values for values in self._all() if _is_elsewhere(values.source)]
         for values in found:
             values.hold()
         self._reads.forget()
@@ -93,6 +103,11 @@ class Promises:
     def _all(self) -> list[Values]:
         with self._lock:
             return list(self._known)
+
+
+def _is_elsewhere(source: Source | None) -> bool:
+    in_memory = isinstance(source, UnpackedSource) and source.is_in_memory
+    return source is not None and not in_memory
 
 
 class _Live:

@@ -97,7 +97,7 @@ class Route:
         """A moment looks like its parameter where it can; one block needs no leading dim."""
         if spec.shape == block.dims and spec.life is Life.STEP and self.keeps_layout:
             return tuple(parameter_shape)
-        return spec.shape if blocks == 1 else (blocks, *spec.shape)
+        return spec.shown_shape if blocks == 1 else (blocks, *spec.shown_shape)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of all tensors of a state of this dtype, without the step counter."""
@@ -109,7 +109,7 @@ class Route:
 
 
 Fetch: TypeAlias = Callable[[str], Tensor]
-"""Asks whoever keeps a tile's factors for one of them, (blocks, n, n), by the field's name."""
+"""Asks whoever keeps a tile's factors for one of them, as it is stored, by the field's name."""
 
 
 @dataclass(slots=True, eq=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from asteria.errors import CheckpointError
+from asteria.linalg.packed import unpacked
 from asteria.runtime.extents import Extent
 from asteria.runtime.records import Tile
 from asteria.store.distant import Distant, Source, Values
@@ -72,16 +73,17 @@ class _OfStep:
                 "it. Save or copy the state dict before the next step"
             )
         columns = math.prod(self._shape[-2:])
-        whole = torch.empty(math.prod(self._shape), dtype=extent.dtype, device="cpu")
+        values = torch.empty(math.prod(self._shape), dtype=extent.dtype, device="cpu")
         at = 0
         for extent, tile in self._places:
             size = tile.plan.blocks * columns
-            part = whole[at : at + size].view(tile.plan.blocks, *self._shape[-2:])
-            part.copy_(self._part(extent, tile))
+            part = values[at : at + size].view(tile.plan.blocks, *self._shape[-2:])
+            part.copy_(unpacked(self._part(extent, tile)))
             at += size
-        return whole.view(self._shape)
+        return values.view(self._shape)
 
     def _part(self, extent: Extent, tile: Tile) -> Tensor:
+        """As it is stored."""
         if tile.elsewhere is not None:
             return tile.elsewhere(self._name)
         with extent.door.lock:

@@ -53,7 +53,6 @@ class Shadow(Distant):
 
     torch.distributed.checkpoint writes it as one object of any shape, because the shape depends on
     the staleness and the period of the run that saves, and zeros would take the room of bases.
-    Pickled in host memory.
     """
 
     def __create_write_items__(self, fqn: str, _: object) -> list[object]:
@@ -62,10 +61,6 @@ class Shadow(Distant):
         planner, metadata = checkpoint.planner, checkpoint.metadata
         whole = planner.WriteItemType.BYTE_IO
         return [planner.WriteItem(index=metadata.MetadataIndex(fqn), type=whole)]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Moved from a device, zeros would take their room.
-        return self._origin.on_host().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def show_flights(

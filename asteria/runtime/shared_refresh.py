@@ -19,6 +19,7 @@ from asteria.config.runtime import RuntimeConfig
 from asteria.linalg.eigenbasis import eigh_basis
 from asteria.linalg.method import Method, refreshed
 from asteria.linalg.modes import replace_
+from asteria.linalg.packed import unpacked
 from asteria.linalg.verified import Failures, VerifiedBasis, verified_refresh
 from asteria.refresh.job import Job
 from asteria.refresh.pipeline import Flight, name_of
@@ -128,12 +129,12 @@ class SharedRefresher:
         """New bases, or those in use where that fails, which the host waits to know."""
         on_host = factor.device.type == "cpu" or self._config.refresh_on == "host"
         if on_host and method is not None:
-            return verified_refresh(factor.cpu(), basis.cpu(), method=method, sort=sort)
+            return verified_refresh(unpacked(factor.cpu()), basis.cpu(), method=method, sort=sort)
         if method is None:
-            fresh = eigh_basis(factor.cpu() if on_host else factor)
+            fresh = eigh_basis(unpacked(factor.cpu() if on_host else factor))
             why, kept = "no first basis", fresh.basis
         else:
-            fresh = refreshed(factor, basis, method=method, sort=sort)
+            fresh = refreshed(unpacked(factor), basis, method=method, sort=sort)
             why = "no basis on the device"
             kept = torch.where(fresh.usable[:, None, None], fresh.basis, basis)
         bad = (~fresh.usable).nonzero().flatten().tolist()

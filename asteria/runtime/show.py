@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from asteria.linalg.packed import unpack
 from asteria.runtime.extents import Extent
+from asteria.runtime.halves import UnpackedSource
 from asteria.runtime.promises import Promises
 from asteria.runtime.records import ParameterRecord, Tile
 from asteria.runtime.scattered import Scattered
 from asteria.store.cell import Home
 from asteria.store.distant import Source
-from asteria.store.layout import Life
+from asteria.store.layout import FieldSpec, Life
 from asteria.store.sources import JoinedSource, ZeroSource
 
 __all__ = ["show"]
@@ -62,7 +64,7 @@ def show(extents: Iterable[Extent], promises: Promises | None = None) -> None:
                     factor = Scattered(spec.name, tiles, shape)
                     record.entries.put_away(key, factor.read, factor.promise)
                 else:
-                    _show(record, (spec.name, suffix), mine, spec.life, shape, promises)
+                    _show(record, (spec, suffix), mine, shape, promises)
         record.shown = tuple(
             (key, None if record.entries.is_away(key) else record.entries[key]) for key in shapes
         )
@@ -70,46 +72,46 @@ def show(extents: Iterable[Extent], promises: Promises | None = None) -> None:
 
 def _show(
     record: ParameterRecord,
-    key: tuple[str, str],
+    key: tuple[FieldSpec, str],
     parts: list[_Part],
-    life: Life,
     shape: tuple[int, ...],
     promises: Promises,
 ) -> None:
-    name, suffix = key
+    spec, suffix = key
+    life = spec.life
     cell = parts[0].extent.cells[life]
-    if len(parts) > 1 or cell.home is not Home.DEVICE:
-        elsewhere = _Elsewhere(name, parts, life, shape, promises)
-        record.entries.put_away(name + suffix, elsewhere.read, elsewhere.promise)
+    if len(parts) > 1 or cell.home is not Home.DEVICE or spec.half_of is not None:
+        elsewhere = _Elsewhere(spec, parts, shape, promises)
+        record.entries.put_away(spec.name + suffix, elsewhere.read, elsewhere.promise)
         return
     if cell.near is None:
         parts[0].extent.acquire([life])
         parts[0].extent.release([life], dirty=[])
     cell.shown = True
     place = parts[0].extent.place(parts[0].start, parts[0].stop, life)
-    record.entries[name + suffix] = cell.window(*place)[name].view(shape)
+    record.entries[spec.name + suffix] = cell.window(*place)[spec.name].view(shape)
 
 
 class _Elsewhere:
     """One tensor whose blocks are not a view: where they are, and how to get them."""
 
     def __init__(
-        self,
-        name: str,
-        parts: list[_Part],
-        life: Life,
-        shape: tuple[int, ...],
-        promises: Promises,
+        self, spec: FieldSpec, parts: list[_Part], shape: tuple[int, ...], promises: Promises
     ) -> None:
-        self._name = name
+        self._name, self._life = spec.name, spec.life
+        self._is_half = spec.half_of is not None
         self._parts = parts
-        self._life = life
         self._shape = shape
         self._promises = promises
         self._lock = parts[0].extent.door.lock
 
     def read(self) -> Tensor:
         """The values of now, in memory of their own."""
+        stored = self._read()
+        return (unpack(stored) if self._is_half else stored).reshape(self._shape)
+
+    def _read(self) -> Tensor:
+        """The values of now as they are stored, (blocks, *shape), in memory of their own."""
         values = []
         with self._lock:
             for part in self._settled():
@@ -117,8 +119,7 @@ class _Elsewhere:
                 start, stop = part.extent.place(part.start, part.stop, self._life)
                 values.append(fields[self._name][start:stop].to(self._device))
         # In memory of its own: who saves a view saves all that it is a view of.
-        whole = values[0].clone() if len(values) == 1 else torch.cat(values)
-        return whole.reshape(self._shape)
+        return values[0].clone() if len(values) == 1 else torch.cat(values)
 
     def promise(self) -> Tensor:
         """A tensor that reads the values of now when they are needed."""
@@ -132,12 +133,16 @@ class _Elsewhere:
         for part in self._settled():
             cell = part.extent.cells[self._life]
             lease = part.extent.door.stored(cell)
+            shape = (part.stop - part.start, *cell.layout.field(self._name).shown_shape)
             if lease is not None:
                 place = part.extent.place(part.start, part.stop, self._life)
-                sources.append(promises.field(lease, cell.layout, self._name, *place))
+                stored = promises.field(lease, cell.layout, self._name, *place)
+                sources.append(UnpackedSource(stored, shape) if self._is_half else stored)
             elif cell.is_blank:
-                shape = cell.layout.shape_of(self._name)
-                sources.append(ZeroSource((part.stop - part.start, *shape), dtype))
+                sources.append(ZeroSource(shape, dtype))
+            elif self._is_half:
+                given = self._shape, dtype, self._device
+                return promises.borrowed(self._read, *given, halves=True)
             else:
                 return promises.borrowed(self.read, self._shape, dtype, self._device)
         return promises.stored(JoinedSource(sources, self._shape), self._shape, dtype)

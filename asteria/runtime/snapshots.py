@@ -18,7 +18,7 @@ from asteria.store.tier import Lease
 __all__ = ["Snapshots", "take_snapshots", "way_back"]
 
 Snapshots = list[tuple[Snapshot, Snapshot] | None]
-"""(factor, basis) of every mode, None where there is none."""
+"""(factor as it is stored, basis) of every mode, None where there is none."""
 
 
 class _Stored:

@@ -92,6 +92,12 @@ class Values:
                 raise RuntimeError("a distant tensor has no values")
             return self._held
 
+    def exchange(self, old: Source, new: Source) -> None:
+        """Take ``new``, which has the same values, in place of ``old``, if that is their source."""
+        with self._lock:
+            if self.source is old:
+                self.source = new
+
     def replace(self, value: Tensor) -> None:
         """Let ``value``, which is broadcast and cast, take the place of all of them."""
         with self._lock:
@@ -128,7 +134,7 @@ class Distant(Tensor):
 
     Whoever writes to it or takes a view or an address of it has them in memory from then on. When
     all is overwritten at once, the new values go where the old ones were. Pickled, and so saved by
-    `torch.save`, as a plain tensor. Any thread, as far as that is true of a tensor.
+    `torch.save`, as a plain tensor in host memory. Any thread, as far as that is true of a tensor.
     """
 
     _origin: Values
@@ -183,7 +189,8 @@ class Distant(Tensor):
     # What follows does not come by the dispatcher.
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.read().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        # Whoever pickles keeps all of them until the end, for which a device may lack the room.
+        return self._origin.on_host().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distant:
         return type(self)(self._origin.copied())

@@ -42,6 +42,13 @@ class FieldSpec:
     life: Life = Life.STEP
     narrow: torch.dtype | None = None
     """What it is stored in where the state is float32; None is that."""
+    half_of: int | None = None
+    """n, if it is half of a symmetric (n, n) matrix."""
+
+    @property
+    def shown_shape(self) -> tuple[int, ...]:
+        """Of one block, as people see it: of the matrix that it is half of, if it is."""
+        return self.shape if self.half_of is None else (self.half_of, self.half_of)
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         """What it is stored in beside a state of this dtype."""
@@ -76,9 +83,9 @@ class Layout:
         """Of one field."""
         return next(field.stored(self.dtype) for field in self.fields if field.name == name)
 
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        """Of one block of a field."""
-        return next(field.shape for field in self.fields if field.name == name)
+    def field(self, name: str) -> FieldSpec:
+        """One field."""
+        return next(field for field in self.fields if field.name == name)
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:
         """The fields that lie in ``memory``, (nbytes,) uint8, by name."""

@@ -28,6 +28,7 @@ SHAPES: list[Shape] = [(48, 32), (32,), (64, 64), (48, 32), (3, 16, 16)]
 DEVICE_CONFIGS = {
     "device": RuntimeConfig(refresh_on="device", refresh_method="ldlr"),
     "device, QR": RuntimeConfig(refresh_on="device", refresh_method="qr"),
+    "packed": RuntimeConfig(refresh_on="device", refresh_method="ldlr", factors="packed"),
     "host": RuntimeConfig(refresh_on="host"),
     "auto": RuntimeConfig(),
     "in the step": RuntimeConfig(refresh="sync"),

@@ -56,7 +56,8 @@ def test_a_run_stores_bases_as_its_arm_says_and_undoes_what_it_changed(
     wide = runs.execute(replace(run, runtime=narrow[:2]), TASK, CORPUS, quiet)
     assert set(seen) == {1, 2}
     assert seen == sorted(seen, reverse=True)
-    assert record["state_bytes"] < wide["state_bytes"]
+    packed = runs.execute(replace(run, runtime=(("factors", "packed"),)), TASK, CORPUS, quiet)
+    assert record["state_bytes"] < packed["state_bytes"] < wide["state_bytes"]
 
 
 def test_gaps_are_paired_by_seed() -> None:

@@ -51,6 +51,13 @@ def test_a_plan_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert content["optimizer"] == "soap"
 
 
+def test_a_plan_with_packed_factors(capsys: pytest.CaptureFixture[str]) -> None:
+    full = as_json(capsys, *GPT2)["memory"]
+    packed = as_json(capsys, *GPT2, "--factors", "packed")["memory"]
+    assert packed["by_class"]["factors"] == pytest.approx(full["by_class"]["factors"] / 2, rel=1e-2)
+    assert packed["by_class"]["bases"] == full["by_class"]["bases"]
+
+
 def test_no_room_ends_with_1_and_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*GPT2, "--host-budget", "512MiB"]) == 1
     out = capsys.readouterr().out

@@ -132,6 +132,7 @@ CASES = {
     "adam": Case(runtime={"start": "adam"}),
     "ldlr": Case(runtime={"refresh_method": "ldlr"}),
     "narrow bases": Case(runtime={"state_dtype": torch.bfloat16}),
+    "packed factors": Case(runtime={"factors": "packed"}),
     "slow factors": Case({"shampoo_beta": 0.95, "precondition_frequency": 10}),
     "bfloat16": Case(dtype=torch.bfloat16),
     "float64": Case(dtype=torch.float64),

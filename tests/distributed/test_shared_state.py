@@ -88,6 +88,23 @@ def test_one_rank_saves_while_the_others_do_nothing(name: str) -> None:
 
 
 @over_optimizers
+def test_packed_factors_of_other_ranks_are_shown_in_full(name: str) -> None:
+    """Half of them travels; one process resumes to the same bits, in either form."""
+    options: dict[str, Any] = {"runtime": RuntimeConfig(factors="packed")}
+    ranks = trained(name, PAIR, **options)
+    checkpoint = by_the_first(ranks, lambda: save(ranks.optimizers[0]))
+    whole = everything(alone(name, range(STEPS), **options))
+    assert_same_bits(everything(alone(name, range(SAVED, STEPS), checkpoint, **options)), whole)
+    shown = everything(alone(name, range(0), checkpoint))
+    assert_same_bits(shown, everything(alone(name, range(0), checkpoint, **options)))
+    ranks.train(range(SAVED, STEPS))
+    for bits in ranks.bits():
+        assert_same_bits(bits, whole)
+    kept = [each.stats().factor_bytes for each in ranks.optimizers]
+    assert sum(kept) == alone(name, range(1), **options).stats().factor_bytes
+
+
+@over_optimizers
 def test_what_one_process_saved_is_taken_up_by_several(name: str) -> None:
     checkpoint = save(alone(name, range(SAVED)))
     whole = everything(alone(name, range(STEPS)))

@@ -12,6 +12,7 @@ from asteria.config.runtime import RuntimeConfig, parse_bytes
 from asteria.planner.machine import Machine
 from asteria.planner.memory import budgets
 from asteria.planner.plan import Plan
+from asteria.planner.table import readable_bytes
 from asteria.runtime import residence
 from asteria.runtime.residence import Residence
 from asteria.store.lane import DeviceLane
@@ -148,7 +149,7 @@ def test_smaller_blocks_that_are_suggested_do() -> None:
 
 
 def test_bases_in_bfloat16_are_suggested_where_they_do() -> None:
-    hint = "state_dtype=torch.bfloat16"
+    hint = "RuntimeConfig(state_dtype=torch.bfloat16)"
     least = planned(Machine(), state_dtype=torch.bfloat16).memory.state_bytes
     narrow = {"state_dtype": torch.bfloat16, "refresh": "sync"}
     for budget, helps in ((least + 1, True), (least - 1, False)):
@@ -158,6 +159,34 @@ def test_bases_in_bfloat16_are_suggested_where_they_do() -> None:
         there = planned(Machine(), host_budget=budget, **narrow)
         assert there.fits == helps
         assert not any(hint in text for text in there.suggestions)
+
+
+@pytest.mark.parametrize("optimizer", ["soap", "klshampoo"])
+def test_packed_factors_are_suggested_where_they_do(optimizer: str) -> None:
+    hint = "RuntimeConfig(factors='packed')"
+    packed: dict[str, Any] = {"factors": "packed", "refresh": "sync"}
+    full = planned(Machine(), optimizer)
+    least = planned(Machine(), optimizer, **packed).memory.state_bytes
+    share = {"soap": 6, "klshampoo": 5}[optimizer]
+    assert least == pytest.approx(full.memory.state_bytes * (1 - 1 / share), rel=1e-3)
+    for budget, helps in ((least + 1, True), (least - 1, False)):
+        plan = planned(Machine(), optimizer, host_budget=budget, refresh="sync")
+        assert not plan.fits
+        assert any(hint in text for text in plan.suggestions) == helps
+        there = planned(Machine(), optimizer, host_budget=budget, **packed)
+        assert there.fits == helps
+        assert not any("packed" in text for text in there.suggestions)
+
+
+def test_both_are_suggested_where_neither_does_alone() -> None:
+    hint = "RuntimeConfig(factors='packed', state_dtype=torch.bfloat16)"
+    both: dict[str, Any] = {"factors": "packed", "state_dtype": torch.bfloat16}
+    least = planned(Machine(), **both).memory.state_bytes
+    plan = planned(Machine(), host_budget=least + 1, refresh="sync")
+    assert [text for text in plan.suggestions if "RuntimeConfig" in text] == [
+        f"{hint}: the state then takes {readable_bytes(least)}"
+    ]
+    assert planned(Machine(), host_budget=least + 1, refresh="sync", **both).fits
 
 
 def test_a_budget_below_what_a_step_needs_is_told() -> None:

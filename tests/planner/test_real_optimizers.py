@@ -54,18 +54,25 @@ def stepped(kind: type[Any], model: nn.Module, options: dict[str, Any], **runtim
     return optimizer
 
 
-@pytest.mark.parametrize("bases", [torch.float32, torch.bfloat16])
+STORED: dict[str, dict[str, Any]] = {
+    "wide": {},
+    "narrow": {"state_dtype": torch.bfloat16},
+    "packed": {"factors": "packed"},
+}
+
+
+@pytest.mark.parametrize("form", STORED)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_bytes_of_every_class_are_those_of_the_real_state(
-    name: str, options: str, bases: torch.dtype
+    name: str, options: str, form: str
 ) -> None:
     model = Net()
-    runtime = asteria.RuntimeConfig(state_dtype=bases)
+    runtime = asteria.RuntimeConfig(**STORED[form])
     plan = asteria.plan(
         model, optimizer=name, machine=Machine(), runtime=runtime, **OPTIONS[options]
     )
-    with stepped(OPTIMIZERS[name], model, OPTIONS[options], state_dtype=bases) as optimizer:
+    with stepped(OPTIMIZERS[name], model, OPTIONS[options], **STORED[form]) as optimizer:
         real: Counter[str] = Counter()
         for extents in optimizer._engine._extents.values():
             for extent in extents:
@@ -78,12 +85,15 @@ def test_bytes_of_every_class_are_those_of_the_real_state(
     assert Counter({k.rule: 0 for k in plan.kinds}).keys() == {row.rule for row in shown.rows}
 
 
+@pytest.mark.parametrize("form", ["narrow", "packed"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_extents_are_those_of_the_real_state(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extents_are_those_of_the_real_state(
+    options: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # So small that tiles of a kind are spread over several extents.
     monkeypatch.setattr("asteria.runtime.extents.EXTENT_BYTES", 20_000)
     model = Net()
-    with stepped(asteria.SOAP, model, OPTIONS[options], state_dtype=torch.bfloat16) as optimizer:
+    with stepped(asteria.SOAP, model, OPTIONS[options], **STORED[form]) as optimizer:
         real = [
             (extent.key, extent.blocks)
             for extents in optimizer._engine._extents.values()

@@ -84,6 +84,26 @@ def test_contributed_tensors_are_counted_as_they_come(rule: type) -> None:
     assert bool(ledger_steps(of, 10)) == (fold + 0.4 * (36 + 16) <= 0.5 * 2 * (36 + 16))
 
 
+def test_packed_factors_are_half_and_unpacked_beside() -> None:
+    packed = ExtentKey(SOAP(factors="packed"), SQUARE, torch.float32, torch.device("cpu"))
+    half = 64 * 65 // 2 * 4
+    *others, factors = items(packed, 3, 10, SYNC)
+    assert factors.nbytes == 3 * 2 * half
+    assert [item.nbytes for item in others] == [
+        item.nbytes for item in items(key(SQUARE), 3, 10, SYNC)
+    ][:2]
+    nothing = working_bytes([], refreshes=1)
+    held = 2 * 64 * 64 * 4 + 2 * half
+    step = 3 * 64 * 64 * 4 + 32 * 64 * 4
+    assert working_bytes([(packed, 1)], refreshes=1) - nothing == step + 9 * 64 * 64 * 4 + held
+    # Nearly square ones need not be noted: there is half as much to be read and written.
+    shape = BlockShape((256, 64), (True, True))
+    rules = SOAP(), SOAP(factors="packed")
+    device = torch.device("cpu")
+    steps = [ledger_steps(ExtentKey(rule, shape, torch.float32, device), 10) for rule in rules]
+    assert steps == [5, 0]
+
+
 def test_temporary_memory_grows_with_the_largest_of_all() -> None:
     nothing = working_bytes([], refreshes=1)
     small = working_bytes([(key(SQUARE), 1)], refreshes=1) - nothing

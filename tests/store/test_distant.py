@@ -194,6 +194,14 @@ def test_it_is_saved_as_a_plain_tensor(way: str) -> None:
     assert not tensor.is_held
 
 
+def test_it_is_saved_from_host_memory() -> None:
+    """On a device, which the meta device stands for here, all of them may have no room at once."""
+    tensor = Distant(Values(Place(), VALUE.shape, VALUE.dtype, torch.device("meta")))
+    found = pickle.loads(pickle.dumps(tensor))
+    assert found.device.type == "cpu"
+    assert torch.equal(found, VALUE)
+
+
 def test_a_copy_is_apart_and_reads_for_itself() -> None:
     place = Place()
     tensor = distant(place)
