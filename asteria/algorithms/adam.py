@@ -123,6 +123,7 @@ class AdamW:
     sorts_columns = False
     bases_in: torch.dtype | None = None
     rows_alike = True
+    in_bases = False
 
     def storing(self, bases_in: torch.dtype) -> Algorithm:
         """The same rule: there are no eigenbases."""

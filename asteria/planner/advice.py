@@ -137,7 +137,7 @@ def _smaller_state(question: Question, ways: Routed, memory: Memory) -> Iterator
 
 def _narrow_bases(question: Question, refreshes: Refreshes) -> Iterator[str]:
     """Eigenbases in bfloat16, if the state has room then."""
-    if question.config.state_dtype == torch.bfloat16:
+    if question.config.state_dtype == torch.bfloat16 or question.rule.in_bases:
         return
     rule = question.rule.storing(torch.bfloat16)
     device = torch.device("cpu" if question.machine.shares_memory else "cuda")

@@ -24,6 +24,7 @@ from asteria.runtime.records import (
 from asteria.runtime.residence import Residence
 from asteria.runtime.shadows import shadow_shapes
 from asteria.runtime.show import show
+from asteria.runtime.turning import recoordinated_
 from asteria.store.cell import Cell
 from asteria.store.distant import Opened
 from asteria.store.door import Door
@@ -154,6 +155,8 @@ def admit(
     for record in records:
         _count(record, saved.get(record, {}))
     _change(extents, _by_kind(here), [], saved, residence, elsewhere)
+    for record in records:
+        record.has_foreign_factors = False
 
 
 def _count(record: ParameterRecord, saved: Mapping[str, Tensor]) -> None:
@@ -321,6 +324,8 @@ def _fill_cell(
                 if tile.record is not record:
                     record, opened = tile.record, Opened(saved[tile.record])
                 _load(opened, values, tile)
+                if life is Life.SUM and record.has_foreign_factors:
+                    _convert(opened, values, tile)
     finally:
         if source is not None:
             door.release(source, dirty=False)
@@ -329,8 +334,30 @@ def _fill_cell(
 
 def _load(saved: Opened, values: Mapping[str, Tensor], tile: Tile) -> None:
     """The blocks of one tile from what was saved of its parameter; what was not stays zero."""
-    suffix, first, blocks = tile.record.route.place_of(tile.plan)
+    suffix, _, _ = tile.record.route.place_of(tile.plan)
     for name, value in values.items():
         if name + suffix in saved:
-            given = saved[name + suffix].reshape(blocks, *value.shape[1:])
-            value.copy_(given[first : first + tile.plan.blocks])
+            value.copy_(_given(saved, name, value, tile))
+
+
+def _given(saved: Opened, name: str, like: Tensor, tile: Tile) -> Tensor:
+    """The blocks of one tile of one field, each shaped ``like`` a block of that."""
+    suffix, first, blocks = tile.record.route.place_of(tile.plan)
+    given = saved[name + suffix].reshape(blocks, *like.shape[1:])
+    return given[first : first + tile.plan.blocks]
+
+
+def _convert(saved: Opened, factors: Mapping[str, Tensor], tile: Tile) -> None:
+    """Give factors that were loaded in the coordinates of this run, by the bases saved with them.
+
+    A slim state has neither.
+    """
+    suffix = tile.record.route.place_of(tile.plan)[0]
+    pairs = {name: name.replace("factor_", "basis_") for name in factors}
+    given = {
+        basis: _given(saved, basis, factors[name], tile)
+        for name, basis in pairs.items()
+        if basis + suffix in saved
+    }
+    if given:
+        recoordinated_(factors, given, in_bases=tile.record.route.rule.in_bases)

@@ -1,4 +1,4 @@
-"""Eigenbases that are stored in fewer bits than the step computes with."""
+"""What the configuration says of stored state: its rule, and eigenbases in fewer bits."""
 
 from __future__ import annotations
 
@@ -6,14 +6,27 @@ import torch
 from torch import Tensor
 
 from asteria.algorithms.algorithm import Algorithm, BlockState
+from asteria.algorithms.soap import SOAP
+from asteria.algorithms.turned_soap import TurnedSOAP
 from asteria.config.runtime import RuntimeConfig
+from asteria.errors import ConfigError
 from asteria.linalg.scratch import Scratch
 
 __all__ = ["as_stored", "rule_for", "widened"]
 
 
 def rule_for(rule: Algorithm, config: RuntimeConfig) -> Algorithm:
-    """The rule, with its state stored as ``config`` wants it."""
+    """The rule, with its state stored as ``config`` wants it.
+
+    Raises ConfigError if it cannot be.
+    """
+    if config.factors == "rotated":
+        if not isinstance(rule, SOAP):
+            raise ConfigError(
+                f'RuntimeConfig.factors="rotated" was asked for with {rule.name}, whose factors '
+                'take in more than projected gradients; use factors="full", or SOAP'
+            )
+        rule = TurnedSOAP()
     dtype = config.state_dtype
     return rule if dtype == torch.float32 else rule.storing(dtype)
 
