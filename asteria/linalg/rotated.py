@@ -30,15 +30,13 @@ def rotated_ldlr(rotated: Tensor, basis: Tensor, *, sort: bool, iterations: int 
     synchronization with the device. All products but that before the Cholesky factorization may be
     rounded, and the basis stays orthogonal.
     """
-    rows = basis.mT.contiguous()
-    if sort:
-        order = _by_diagonal(rotated)
-        correction = elimination(_both_permuted(rotated, order), iterations)
-        rows = orthonormalized(permuted(rows, order), correction)
-        rows = permuted(rows, order.argsort(-1))
-    else:
-        rows = orthonormalized(rows, elimination(rotated, iterations))
-    return _checked(rows.mT, rotated)
+    if not sort:
+        correction = elimination(rotated, iterations)
+        return _checked(orthonormalized(basis.mT.contiguous(), correction).mT, rotated)
+    order = _by_diagonal(rotated)
+    correction = elimination(_both_permuted(rotated, order), iterations)
+    rows = orthonormalized(permuted(basis.mT.contiguous(), order), correction)
+    return _checked(permuted(rows, order.argsort(-1)).mT, rotated)
 
 
 def rotated_eigh(rotated: Tensor, basis: Tensor) -> BasisResult:
@@ -78,6 +76,7 @@ def conjugated(rotated: Tensor, by: Tensor) -> Tensor:
     change.diagonal(dim1=-2, dim2=-1).sub_(1)
     right = torch.baddbmm(rotated, rotated, change)
     product = torch.baddbmm(right, change.mT, right)
+    del change, right  # three matrices at a time
     return (product + product.mT).mul_(0.5)
 
 

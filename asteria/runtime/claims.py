@@ -21,7 +21,7 @@ _OVERHEAD_BYTES = 64 * 1024**2
 """What a process that streams grows by beside: code, stacks, and what its heap keeps."""
 _REFRESH_COPIES = 8
 """Matrices of a factor's size that a refresh has at a time; a first one works in float64."""
-_TURN_COPIES = 4
+_TURN_COPIES = 3
 """Likewise while a factor is turned, beside the turns of all modes."""
 
 

@@ -166,8 +166,6 @@ class SharedRefresher:
         moved = moved_lives(chunk.extent.rule)
         chunk.extent.acquire(moved)
         try:
-            if Life.SUM in moved:
-                chunk.extent.fold()  # before their coordinates change
             for one in mine:
                 self._install_(one, chunk.state(moved), scratch(chunk), errors)
         finally:

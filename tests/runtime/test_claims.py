@@ -100,9 +100,9 @@ def test_temporary_memory_grows_with_the_largest_of_all() -> None:
 
 
 def test_factors_that_turn_take_room_while_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The turns of both sides, and four matrices of the larger one, for what goes together."""
+    """The turns of both sides, and three matrices of the larger one, for what goes together."""
     plain, turning = key(), key(rule=TurnedSOAP)
-    one = 4 * (512**2 + 64**2 + 4 * 512**2)
+    one = 4 * (512**2 + 64**2 + 3 * 512**2)
     for together, blocks in ((3, 3), (2, 3)):
         monkeypatch.setattr(extents, "CHUNK_BYTES", together * 4 * 512**2)
         beside = working_bytes([(plain, blocks)], refreshes=1)
