@@ -158,6 +158,7 @@ def test_a_state_that_was_converted_is_not_converted_again() -> None:
     source = double({"refresh": "sync", **FULL}, GROWN)
     twin = loaded({"refresh": "sync", **ROTATED}, source)
     expected = kept_factors(twin)
+    assert not any(record.has_foreign_factors for record in twin._records.values())
     extra = parameters([(4, 4), (7, 4)], torch.float64, seed=1)
     twin.add_param_group({"params": extra})
     for p in extra:
