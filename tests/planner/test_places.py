@@ -158,6 +158,9 @@ def test_bases_in_bfloat16_are_suggested_where_they_do() -> None:
         there = planned(Machine(), host_budget=budget, **narrow)
         assert there.fits == helps
         assert not any(hint in text for text in there.suggestions)
+    turning = planned(Machine(), host_budget=least + 1, refresh="sync", factors="rotated")
+    assert not turning.fits
+    assert not any(hint in text for text in turning.suggestions), "they need bases in full"
 
 
 def test_a_budget_below_what_a_step_needs_is_told() -> None:
