@@ -82,6 +82,7 @@ PLACES: dict[str, dict[str, Any]] = {
 def ours(place: str, period: int, **runtime: Any) -> Arm:
     """Our SOAP with refreshes at a place of `PLACES`."""
     name = f"asteria, {place}, period {period}"
+    name += ", factors rotated" if runtime.get("factors") == "rotated" else ""
     return Arm(name=name, period=period, runtime=PLACES[place] | runtime)
 
 

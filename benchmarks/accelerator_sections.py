@@ -101,8 +101,9 @@ def _run_arms(arms: list[Arm], task: Task, box: Box) -> dict[str, Any]:
 
 
 def training(box: Box) -> dict[str, Any]:
-    """The 124M model: fused AdamW, and ours at every place and period."""
+    """The 124M model: fused AdamW, ours at every place and period, and factors that turn."""
     arms = [ours(place, period) for period in PERIODS for place in reversed(PLACES)]
+    arms.append(ours(BESIDE, 1, factors="rotated"))
     return _run_arms([ADAMW, *arms], _task("gpt2", box), box)
 
 

@@ -48,6 +48,7 @@ ARMS = {
     BASELINE: Arm(label="qr"),
     NOISE: Arm(label="qr, first weights changed by 1e-6", perturbation=1e-6),
     "ldlr": Arm(label="ldlr", runtime=LDLR),
+    "rotated": Arm(label="ldlr, factors rotated", runtime=(("factors", "rotated"),)),
     "ldlr 2": Arm(label="ldlr, worth two iterations", runtime=LDLR, ldlr_iterations=2),
     "narrow": Arm(label="qr, bases in bfloat16", runtime=NARROW),
     "narrow ldlr": Arm(label="ldlr, bases in bfloat16", runtime=(*LDLR, *NARROW)),

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from asteria.linalg import precision
 from asteria.linalg.eigenbasis import BasisResult, is_orthogonal, orthogonal_iteration
 from asteria.linalg.ldlr import ldlr
-from asteria.linalg.rotated import turned
+from asteria.linalg.rotated import conjugated, rotated_ldlr, turn
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 Around = Callable[[], contextlib.AbstractContextManager[object]]
@@ -138,10 +138,12 @@ class RotatedTracker(Tracker):
             x = torch.bmm(self.basis.mT, gradient.unsqueeze(0))
             beta = self.beta
             self.rotated = torch.baddbmm(self.rotated, x, x.mT, beta=beta, alpha=1 - beta)
-            found = turned(self.rotated, self.basis, sort=True, iterations=self.iterations)
+            iterations = self.iterations
+            found = rotated_ldlr(self.rotated, self.basis, sort=True, iterations=iterations)
+            followed = conjugated(self.rotated, turn(self.basis, found.basis))
         usable = bool(found.usable.all())
         self.take(found.basis, usable)
-        self.rotated = found.rotated if usable else self.rotated
+        self.rotated = followed if usable else self.rotated
 
     def drift(self, factor: Tensor) -> float:
         """Largest error of the kept factor, relative to the roots of its diagonal."""

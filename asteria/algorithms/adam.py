@@ -125,6 +125,7 @@ class AdamW:
     bases_in: torch.dtype | None = None
     factors: Factors = "full"
     rows_alike = True
+    in_bases = False
 
     def storing(self, bases_in: torch.dtype | None, factors: Factors) -> Algorithm:
         """The same rule: there are no eigenbases and no factors."""

@@ -10,7 +10,13 @@ from asteria.config.hyperparameters import Hyperparameters
 from asteria.linalg.modes import change_basis_, transform
 from asteria.store.layout import FieldSpec
 
-__all__ = ["moment_fields", "project_moments_", "rotate_moments_", "rotated_update_"]
+__all__ = [
+    "moment_fields",
+    "project_moments_",
+    "projected_update_",
+    "rotate_moments_",
+    "rotated_update_",
+]
 
 
 def moment_fields(block: BlockShape) -> tuple[FieldSpec, ...]:
@@ -33,8 +39,21 @@ def rotated_update_(
     """
     basis = bases(state, gradient.dim() - 1)
     projected = transform(gradient, basis, scratch, transpose=True)
+    return projected_update_(state, projected, hyper, scratch=scratch, gate=gate)
+
+
+def projected_update_(
+    state: BlockState,
+    projected: Tensor,
+    hyper: Hyperparameters,
+    *,
+    scratch: Pair,
+    gate: Tensor | None,
+) -> Tensor:
+    """`rotated_update_` of a gradient that is given in the bases; in scratch it is overwritten."""
+    basis = bases(state, projected.dim() - 1)
     # A gradient without a basis is still the caller's.
-    out = scratch[0] if projected is gradient else projected
+    out = projected if any(projected is own for own in scratch) else scratch[0]
     moments = state["exp_avg"], state["exp_avg_sq"]
     update = adam_update_(*moments, projected, hyper, out=out, gate=gate)
     return transform(update, basis, scratch, transpose=False)

@@ -37,6 +37,7 @@ class SOAP:
     squeezes = False
     sorts_columns = True
     rows_alike = True
+    in_bases = False
 
     def __init__(self, bases_in: torch.dtype | None = None, factors: Factors = "full") -> None:
         self.bases_in = bases_in

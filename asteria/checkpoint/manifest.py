@@ -2,7 +2,9 @@
 
 It stands in every parameter group, as ``"asteria": "soap/1"``, because that is what torch's and
 other people's handling of state dicts keeps, flattened or not. A slim state says that it is one,
-``"soap/1/slim"``, for torch's functions put what the loader has where the file has nothing.
+``"soap/1/slim"``, for torch's functions put what the loader has where the file has nothing. One
+whose factors are given in the coordinates of their bases is ``"soap/1/rotated"``: keys and shapes
+are the same.
 """
 
 from __future__ import annotations
@@ -15,24 +17,31 @@ from asteria.algorithms.kl import KLSOAP, KLShampoo
 from asteria.algorithms.soap import SOAP
 from asteria.errors import CheckpointError
 
-__all__ = ["KEY", "is_slim", "manifest", "manifest_problems", "rule_of"]
+__all__ = ["KEY", "has_rotated_factors", "is_slim", "manifest", "manifest_problems", "rule_of"]
 
 KEY = "asteria"
 """Of the manifest in a parameter group."""
 _FORMAT = 1
 """Raised when keys, shapes or what they mean change."""
 _SLIM = "/slim"
+_ROTATED = "/rotated"
 _RULES: dict[str, Algorithm] = {rule.name: rule for rule in (SOAP(), KLShampoo(), KLSOAP())}
 
 
 def manifest(rule: Algorithm, *, slim: bool = False) -> str:
     """What the groups of an optimizer with this rule say, or those of its ``slim`` state."""
-    return f"{rule.name}/{_FORMAT}{_SLIM if slim else ''}"
+    form = _SLIM if slim else _ROTATED if rule.in_bases else ""
+    return f"{rule.name}/{_FORMAT}{form}"
 
 
 def is_slim(group: Mapping[str, Any]) -> bool:
     """Whether bases and factors were left out of the state of a group, whatever is there now."""
     return str(group.get(KEY, "")).endswith(_SLIM)
+
+
+def has_rotated_factors(group: Mapping[str, Any]) -> bool:
+    """Whether factors in the state of a group are given in the coordinates of their bases."""
+    return str(group.get(KEY, "")).endswith(_ROTATED)
 
 
 def manifest_problems(groups: Iterable[Mapping[str, Any]], rule: Algorithm) -> Iterator[str]:
@@ -69,5 +78,6 @@ def rule_of(group: Mapping[str, Any]) -> Algorithm:
 
 def _read(group: Mapping[str, Any]) -> tuple[str, int | None]:
     """(name of the rule, format); no format if there is no manifest or it cannot be read."""
-    name, _, version = str(group.get(KEY, "")).removesuffix(_SLIM).partition("/")
+    text = str(group.get(KEY, "")).removesuffix(_SLIM).removesuffix(_ROTATED)
+    name, _, version = text.partition("/")
     return name, int(version) if version.isdecimal() else None

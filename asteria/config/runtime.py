@@ -33,7 +33,7 @@ _CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "install": (("scheduled", "ready"), ("scheduled", "ready")),
     "start": (get_args(Start), get_args(Start)),
     "state_dtype": ((torch.float32, torch.bfloat16),) * 2,
-    "factors": (get_args(Factors), ("full", "packed")),
+    "factors": (get_args(Factors),) * 2,
     "nonfinite": (get_args(Nonfinite), get_args(Nonfinite)),
     "shards": (("exact", "local"), ("exact", "local")),
 }
@@ -82,7 +82,7 @@ class RuntimeConfig:
     refresh_method: Literal["eigh", "qr", "ldlr", "auto"] = "auto"
     """`"qr"`: one warm-started orthogonal iteration; `"ldlr"`: the same step from products, two
     Cholesky factorizations and a triangular solve, which accelerators are faster at (and hosts
-    slower); `"eigh"`: exact, in float64; `"auto"`: qr.
+    slower); `"eigh"`: exact, in float64; `"auto"`: qr, and ldlr for rotated factors.
     """
     refresh_on: Literal["host", "device", "auto"] = "auto"
     """Where refreshes are computed.
@@ -143,11 +143,18 @@ class RuntimeConfig:
     factors: Factors = "full"
     """How Kronecker factors are kept.
 
-    `"full"`: as square matrices. `"packed"`: half of each, for they are symmetric: a sixth less
-    state of a square matrix in SOAP and KL-SOAP, a fifth less in KL-Shampoo. Results differ by
-    rounding. Steps of matrices of a few hundred rows and more take as long as before, smaller ones
-    up to a tenth longer; a refresh unpacks its factor before it begins. State dicts show factors
-    in full, so that a run with either can load them.
+    `"full"`: as square matrices.
+
+    `"packed"`: half of each, for they are symmetric: a sixth less state of a square matrix in SOAP
+    and KL-SOAP, a fifth less in KL-Shampoo. Results differ by rounding. Steps of matrices of a few
+    hundred rows and more take as long as before, smaller ones up to a tenth longer; a refresh
+    unpacks its factor before it begins. State dicts show factors in full.
+
+    `"rotated"`: as square matrices, in the coordinates of the eigenbasis in use; of SOAP only. A
+    refresh by LDLR, the only method then, leaves two of its exact products out, and what
+    accelerators may round in the others (TF32) leaves small eigenvalues their digits; the step that
+    installs a basis turns the factor, with two products more. For refreshes at every step or nearly
+    so, on accelerators; hosts are slower with it.
     """
     nonfinite: Nonfinite = "raise"
     """A gradient with inf or nan: `"raise"`, or `"skip"` the step and count it."""
@@ -186,6 +193,7 @@ class RuntimeConfig:
                 'eigensolvers make the host wait for the device. Use refresh_method="qr", '
                 'refresh_on="host" or refresh="sync"'
             )
+        self._check_factors()
         for name, least, unit in (
             ("staleness", 0, "steps"),
             ("workers", 1, "threads"),
@@ -218,6 +226,22 @@ class RuntimeConfig:
                 "RuntimeConfig.process_group must be a torch.distributed.ProcessGroup, "
                 f'"alone" or None, found {group!r}'
             )
+
+    def _check_factors(self) -> None:
+        if self.factors != "rotated":
+            return
+        if self.refresh_method == "auto":
+            object.__setattr__(self, "refresh_method", "ldlr")
+        for name, wanted, why in (
+            ("refresh_method", "ldlr", "which keeps turning the same basis"),
+            ("state_dtype", torch.float32, "in which a basis is orthogonal"),
+        ):
+            if getattr(self, name) != wanted:
+                raise ConfigError(
+                    f'RuntimeConfig: factors="rotated" with {name}={getattr(self, name)!r} was '
+                    f"asked for; factors that turn with their basis need {wanted!r}, {why}. Use "
+                    'that, or factors="full"'
+                )
 
     @classmethod
     def reference(cls) -> RuntimeConfig:

@@ -8,15 +8,19 @@ from torch import Tensor
 
 from asteria.linalg.eigenbasis import BasisResult, matched_eigh_basis, orthogonal_iteration
 from asteria.linalg.ldlr import ldlr
+from asteria.linalg.rotated import rotated_eigh, rotated_ldlr
 
-__all__ = ["ITERATIONS", "RESCUES", "Method", "chosen_method", "refreshed"]
+__all__ = ["ITERATIONS", "RESCUES", "Method", "chosen_method", "method_of_kept", "refreshed"]
 
-Method: TypeAlias = Literal["eigh", "qr", "ldlr"]
+Method: TypeAlias = Literal["eigh", "qr", "ldlr", "rotated_eigh", "rotated_ldlr"]
+"""The last two are for factors that are kept in the coordinates of their basis."""
 
 RESCUES: dict[Method, tuple[Method, ...]] = {
     "ldlr": ("ldlr", "qr", "eigh"),
     "qr": ("qr", "eigh"),
     "eigh": ("eigh",),
+    "rotated_ldlr": ("rotated_ldlr", "rotated_eigh"),
+    "rotated_eigh": ("rotated_eigh",),
 }
 """What is tried in float64, in order, where a method fails in the dtype of the factor."""
 
@@ -28,8 +32,12 @@ def refreshed(factor: Tensor, basis: Tensor, *, method: Method, sort: bool) -> B
     """New eigenbases by ``method``; ``sort`` is for iterations, as in `orthogonal_iteration`.
 
     Shapes: factor (b, n, n), basis (b, n, n) -> basis (b, n, n). Allocates, never mutates; any
-    thread. `"eigh"` waits for the device, the others do not.
+    thread. Those with eigenvectors wait for the device, the others do not.
     """
+    if method == "rotated_eigh":
+        return rotated_eigh(factor, basis)
+    if method == "rotated_ldlr":
+        return rotated_ldlr(factor, basis, sort=sort, iterations=ITERATIONS)
     if method == "eigh":
         return matched_eigh_basis(factor, basis)
     if method == "ldlr":
@@ -45,3 +53,13 @@ def chosen_method(configured: str, *, start: str, first: bool) -> Method:
     if configured == "eigh" or (start == "adam" and first):
         return "eigh"
     return "ldlr" if configured == "ldlr" else "qr"
+
+
+def method_of_kept(method: Method, *, in_bases: bool) -> Method:
+    """``method`` for factors as they are kept: `Algorithm.in_bases`, in the coordinates of bases.
+
+    There is no QR then: what it would find is a turn, and turns upon turns cease to be orthogonal.
+    """
+    if not in_bases:
+        return method
+    return "rotated_eigh" if method == "eigh" else "rotated_ldlr"

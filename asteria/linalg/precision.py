@@ -11,7 +11,9 @@ which looks at the setting and, where it allows rounding, leaves nothing that co
 | L Q and Q^T (L Q) of a refresh | never | eigenvalues below the rounding of the largest get lost |
 | A^T A before a Cholesky factorization | never | its rounding is lack of orthogonality |
 | Q^T Q z, the check of a new basis | never | it would find the rounding |
+| Q^T (Q' - Q), by which a factor in its basis turns | never | as for L Q |
 | Q (M - I), the correction in a refresh | where allowed | is orthonormalized afterwards |
+| U^T B U - B, the turn of such a factor | where allowed | is relative to its row and column |
 | projections and X X^T of gradients | where allowed | so are the products that gave the gradients |
 
 Autocast is another matter: it would change the dtype of results, so a step turns it off.

@@ -34,6 +34,8 @@ class ParameterDescription:
     """For each block shape the sizes of its Kronecker factors."""
     state_bytes: int
     """Of all state tensors, step counter aside."""
+    factors_kept: str = ""
+    """How, as RuntimeConfig.factors has it; empty where there are none."""
     refreshes: tuple[str, ...] = ()
     """For each block shape where it is refreshed and how, if the parameter is on an accelerator."""
     shards: str = ""
@@ -50,6 +52,7 @@ def describe_parameter(
     way: Route,
     sharding: Sharding | None = None,
     refreshes: tuple[str, ...] = (),
+    kept: str = "full",
 ) -> ParameterDescription:
     """The row of a parameter that goes this way."""
     shapes = [(shape, blocks) for _, shape, blocks in way.extents() if shape.dims]
@@ -61,6 +64,7 @@ def describe_parameter(
         blocks=tuple((blocks, shape.dims) for shape, blocks in shapes),
         factors=tuple(shape.factor_sizes() for shape, _ in shapes),
         state_bytes=way.state_bytes(state_dtype(parameter)),
+        factors_kept=kept if way.rule.has_bases else "",
         refreshes=refreshes,
         shards="" if sharding is None else "exact" if sharding.exact else "local",
         owner=None if sharding is None else sharding.owning_rank,
@@ -112,13 +116,14 @@ def describe(
         else:
             way, sharding = way_of(name, p, group, rule, config.shards)
         texts = refresh_texts(config, group, p, way)
-        rows.append(describe_parameter(name, p, way, sharding, texts))
+        rows.append(describe_parameter(name, p, way, sharding, texts, config.factors))
     return Description(tuple(rows))
 
 
 def _cells(row: ParameterDescription) -> list[str]:
     blocks = " + ".join(f"{count} x {_dims(dims)}" for count, dims in row.blocks)
     factors = " + ".join(", ".join(map(str, sizes)) for sizes in row.factors)
+    factors += f", {row.factors_kept}" if row.factors_kept not in ("", "full") else ""
     return [
         row.name,
         _dims(row.shape) or "scalar",

@@ -16,7 +16,13 @@ from asteria.checkpoint.foreign import (
     origin_problems,
 )
 from asteria.checkpoint.form import check_form
-from asteria.checkpoint.manifest import KEY, is_slim, manifest, manifest_problems
+from asteria.checkpoint.manifest import (
+    KEY,
+    has_rotated_factors,
+    is_slim,
+    manifest,
+    manifest_problems,
+)
 from asteria.errors import CheckpointError
 from asteria.optim.checks import group_problems
 from asteria.runtime.admission import check_saved
@@ -78,6 +84,8 @@ def match_state(
                 if is_slim(group):  # the others are not of this state
                     entries = {k: value for k, value in entries.items() if not is_rebuilt(k)}
                 matched[record] = adopted_state(origin, entries, record.route, record.shape)
+                rotated = origin is Origin.OURS and has_rotated_factors(group)
+                record.has_foreign_factors = rotated != rule.in_bases
             except CheckpointError as error:
                 problems.append(f"{name}: {error}")
     problems += [f"state of a parameter {key!r} that no group has" for key in nobodys]

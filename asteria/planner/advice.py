@@ -142,7 +142,7 @@ def _smaller_storage(question: Question, refreshes: Refreshes) -> Iterator[str]:
     options: list[dict[str, Any]] = []
     if question.config.factors == "full":
         options.append({"factors": "packed"})
-    if question.config.state_dtype != torch.bfloat16:
+    if question.config.state_dtype != torch.bfloat16 and not question.rule.in_bases:
         options.append({"state_dtype": torch.bfloat16})
     texts = [_stored(question, refreshes, option) for option in options]
     if len(options) > 1 and not any(texts):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from asteria.errors import CheckpointError
-from asteria.linalg.packed import pack
+from asteria.linalg.packed import pack, unpacked
 from asteria.runtime.entries import Entries
 from asteria.runtime.extents import Extent, ExtentKey, cut_blocks, layouts
 from asteria.runtime.records import (
@@ -25,10 +25,11 @@ from asteria.runtime.records import (
 from asteria.runtime.residence import Residence
 from asteria.runtime.shadows import shadow_shapes
 from asteria.runtime.show import show
+from asteria.runtime.turning import recoordinated_
 from asteria.store.cell import Cell
 from asteria.store.distant import Opened
 from asteria.store.door import Door
-from asteria.store.layout import Life
+from asteria.store.layout import FieldSpec, Life
 
 __all__ = ["Elsewhere", "Extents", "admit", "check_room", "check_saved", "discard", "nowhere"]
 
@@ -155,6 +156,8 @@ def admit(
     for record in records:
         _count(record, saved.get(record, {}))
     _change(extents, _by_kind(here), [], saved, residence, elsewhere)
+    for record in records:
+        record.has_foreign_factors = False
 
 
 def _count(record: ParameterRecord, saved: Mapping[str, Tensor]) -> None:
@@ -322,6 +325,8 @@ def _fill_cell(
                 if tile.record is not record:
                     record, opened = tile.record, Opened(saved[tile.record])
                 _load(opened, values, tile)
+                if life is Life.SUM and record.has_foreign_factors:
+                    _convert(opened, values, tile)
     finally:
         if source is not None:
             door.release(source, dirty=False)
@@ -330,9 +335,34 @@ def _fill_cell(
 
 def _load(saved: Opened, values: Mapping[str, Tensor], tile: Tile) -> None:
     """The blocks of one tile from what was saved of its parameter; what was not stays zero."""
-    suffix, first, blocks = tile.record.route.place_of(tile.plan)
+    suffix, _, _ = tile.record.route.place_of(tile.plan)
     for spec in tile.record.route.rule.fields(tile.plan.shape):
         if spec.name in values and spec.name + suffix in saved:
-            given = saved[spec.name + suffix].reshape(blocks, *spec.shown_shape)
-            part = given[first : first + tile.plan.blocks]
+            part = _given(saved, spec, tile)
             values[spec.name].copy_(part if spec.half_of is None else pack(part))
+
+
+def _given(saved: Opened, spec: FieldSpec, tile: Tile) -> Tensor:
+    """The blocks of one tile of one field, as state dicts show them."""
+    suffix, first, blocks = tile.record.route.place_of(tile.plan)
+    given = saved[spec.name + suffix].reshape(blocks, *spec.shown_shape)
+    return given[first : first + tile.plan.blocks]
+
+
+def _convert(saved: Opened, factors: Mapping[str, Tensor], tile: Tile) -> None:
+    """Give factors that were loaded in the coordinates of this run, by the bases saved with them.
+
+    A slim state has neither.
+    """
+    suffix, rule = tile.record.route.place_of(tile.plan)[0], tile.record.route.rule
+    given = {
+        spec.name: _given(saved, spec, tile)
+        for spec in rule.fields(tile.plan.shape)
+        if spec.life is Life.BASIS and spec.name + suffix in saved
+    }
+    if given:
+        whole = {name: unpacked(factor) for name, factor in factors.items()}
+        recoordinated_(whole, given, in_bases=rule.in_bases)
+        for name, factor in factors.items():
+            if factor is not whole[name]:
+                factor.copy_(pack(whole[name]))

@@ -20,9 +20,9 @@ from asteria.runtime.narrow import as_stored, widened
 from asteria.runtime.pending import chosen
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.results import Exchange
-from asteria.runtime.rows import rotate_
 from asteria.runtime.shadows import show_flights, take_up
 from asteria.runtime.staging import Stager
+from asteria.runtime.turning import rotate_, with_own_factors
 from asteria.runtime.units import Unit, Units, unit_of
 from asteria.runtime.verdicts import Verdicts
 from asteria.telemetry.counters import Counters
@@ -163,7 +163,8 @@ class BackgroundRefresher:
                     except StoreError:
                         self._lose(unit, landing.flight)
                         continue
-                    part, gate = widened(stored, chunk.extent.dtype), None
+                    own = with_own_factors(chunk.extent, tile, stored)
+                    part, gate = widened(own, chunk.extent.dtype), None
                     fresh = [None if b is None else b.to(chunk.extent.dtype) for b in fresh]
                     if landing.outcome.pending is not None:
                         fresh, gate = chosen(part, fresh, landing.outcome.pending)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from asteria.config.runtime import RuntimeConfig, parse_bytes
 from asteria.linalg.packed import fold_bytes
+from asteria.runtime import extents
 from asteria.runtime.extents import ExtentKey, layouts
 from asteria.runtime.rows import rows_at_a_time
 from asteria.store.layout import Life
@@ -21,6 +22,8 @@ _OVERHEAD_BYTES = 64 * 1024**2
 """What a process that streams grows by beside: code, stacks, and what its heap keeps."""
 _REFRESH_COPIES = 8
 """Matrices of a factor's size that a refresh has at a time; a first one works in float64."""
+_TURN_COPIES = 3
+"""Likewise while a factor is turned, beside the turns of all modes."""
 
 
 def budgets(
@@ -80,6 +83,8 @@ def items(
         if life is Life.SUM and (steps := ledger_steps(key, period)):
             step = _contributed_bytes(key) * layout.blocks
             read = written = step + layout.nbytes / steps
+            if key.rule.in_bases and flying:  # to be turned with their bases
+                read = written = read + layout.nbytes / period
             noted = (steps - 1) * step
         found.append(
             Item(
@@ -117,6 +122,18 @@ def _widened_bytes(key: ExtentKey) -> int:
     return sum(math.prod(field.shape) for field in bases) * key.dtype.itemsize
 
 
+def _turning_bytes(key: ExtentKey, blocks: int) -> int:
+    """Of turning factors in the step that installs bases, for as many blocks as it takes at once.
+
+    Nothing where factors do not turn.
+    """
+    if not key.rule.in_bases:
+        return 0
+    sizes = [key.dtype.itemsize * size**2 for size in key.shape.factor_sizes()]
+    together = min(blocks, max(1, extents.CHUNK_BYTES // max(sizes)))
+    return together * (sum(sizes) + _TURN_COPIES * max(sizes))
+
+
 def _contributed_bytes(key: ExtentKey) -> int:
     """Of one block in one step."""
     tensors = key.rule.contributed_tensors(key.shape)
@@ -137,7 +154,7 @@ def working_bytes(extents: Iterable[tuple[ExtentKey, int]], *, refreshes: int) -
 
 def _step_bytes(key: ExtentKey, blocks: int) -> int:
     """What a step computes in for so many blocks."""
-    folded = 0
+    folded = _turning_bytes(key, blocks)
     if key.rule.factors == "packed":
         sizes = key.shape.factor_sizes()
         folded = max((fold_bytes(n, blocks, key.dtype.itemsize) for n in sizes), default=0)

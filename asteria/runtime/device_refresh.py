@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from asteria.linalg.method import Method, refreshed
+from asteria.linalg.method import Method, method_of_kept, refreshed
 from asteria.linalg.packed import size_of, unpacked
 from asteria.refresh.job import Job
 from asteria.refresh.pipeline import Flight
@@ -61,7 +61,8 @@ class DeviceRefresher:
         pairs = _snapshots(chunk, tiles, copy_bases=copy_bases)
         sort = chunk.extent.rule.sorts_columns
         reads = [tensor for pair in pairs for tensor in pair]
-        results, passed = side.run(lambda: _refreshed(pairs, method=method, sort=sort), reads)
+        kind = method_of_kept(method, in_bases=chunk.extent.rule.in_bases)
+        results, passed = side.run(lambda: _refreshed(pairs, method=kind, sort=sort), reads)
         modes = len(pairs)
         bases, usable, told = results[:modes], results[modes], results[modes + 1]
         stops = list(itertools.accumulate(tile.plan.blocks for tile in tiles))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asteria.linalg.method import Method
+from asteria.linalg.method import Method, method_of_kept
 from asteria.linalg.packed import unpacked
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.chunks import Chunk
@@ -89,6 +89,7 @@ def host_work(
     snapshots = take_snapshots(extent, tile, link, copy_bases=copy_bases)
     home = link if in_memory else way_back(extent, link)
     sort = extent.rule.sorts_columns
+    method = method_of_kept(method, in_bases=extent.rule.in_bases)
     return lambda: _refreshed(snapshots, home, method=method, sort=sort)
 
 

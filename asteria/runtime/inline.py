@@ -11,7 +11,7 @@ from torch import Tensor
 from asteria.algorithms.algorithm import BlockState, Pair
 from asteria.config.runtime import RuntimeConfig
 from asteria.linalg.eigenbasis import eigh_basis
-from asteria.linalg.method import Method, refreshed
+from asteria.linalg.method import Method, method_of_kept, refreshed
 from asteria.linalg.modes import replace_
 from asteria.linalg.packed import size_of, unpacked
 from asteria.linalg.verified import Failures, verified_refresh
@@ -20,7 +20,7 @@ from asteria.runtime.extents import CHUNK_BYTES
 from asteria.runtime.narrow import as_stored, widened
 from asteria.runtime.records import Tile
 from asteria.runtime.reports import Report
-from asteria.runtime.rows import rotate_
+from asteria.runtime.turning import rotate_, turn_first_
 from asteria.runtime.units import Units, unit_of
 from asteria.runtime.verdicts import Verdicts
 from asteria.telemetry.counters import Counters
@@ -54,6 +54,8 @@ class InlineRefresher:
                 part = factor[blocks].cpu() if on_host else factor[blocks]
                 fresh = eigh_basis(unpacked(part))
                 basis[blocks].copy_(fresh.basis)
+                if chunk.extent.rule.in_bases:
+                    turn_first_(factor[blocks], basis[blocks])
                 self._counters.refreshes += len(fresh.basis)
                 self._counters.refresh_cost += len(fresh.basis) * float(basis.shape[-1]) ** 3
                 self._counters.installs += len(fresh.basis)
@@ -77,6 +79,7 @@ class InlineRefresher:
         ``bound`` as in `Algorithm.rotate_`. Waits for the device only with `"eigh"` or on the host.
         """
         rule = chunk.extent.rule
+        method = method_of_kept(method, in_bases=rule.in_bases)
         modes = range(len(chunk.extent.shape.dims))
         found = _Found()
         for blocks in block_parts(state):

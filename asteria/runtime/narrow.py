@@ -1,4 +1,4 @@
-"""State that is stored in fewer bits than the step computes with."""
+"""What the configuration says of stored state: its rule, and eigenbases in fewer bits."""
 
 from __future__ import annotations
 
@@ -6,14 +6,27 @@ import torch
 from torch import Tensor
 
 from asteria.algorithms.algorithm import Algorithm, BlockState
+from asteria.algorithms.soap import SOAP
+from asteria.algorithms.turned_soap import TurnedSOAP
 from asteria.config.runtime import RuntimeConfig
+from asteria.errors import ConfigError
 from asteria.linalg.scratch import Scratch
 
 __all__ = ["as_stored", "rule_for", "widened"]
 
 
 def rule_for(rule: Algorithm, config: RuntimeConfig) -> Algorithm:
-    """The rule, with its state stored as ``config`` wants it."""
+    """The rule, with its state stored as ``config`` wants it.
+
+    Raises ConfigError if it cannot be.
+    """
+    if config.factors == "rotated" and not rule.in_bases:
+        if not isinstance(rule, SOAP):
+            raise ConfigError(
+                f'RuntimeConfig.factors="rotated" was asked for with {rule.name}, whose factors '
+                'take in more than projected gradients; use factors="full", or SOAP'
+            )
+        rule = TurnedSOAP()
     narrow = None if config.state_dtype == torch.float32 else config.state_dtype
     asked = narrow, config.factors
     return rule if asked == (rule.bases_in, rule.factors) else rule.storing(*asked)

@@ -170,6 +170,8 @@ class ParameterRecord(_Referable):
     """Of the group, as far as the route depends on them."""
     refresh_steps: int = FIRST_PERIOD
     """Steps between refreshes, as its group says."""
+    has_foreign_factors: bool = False
+    """Whether factors that are loaded are in other coordinates than those that are kept here."""
     in_flight: tuple[str, ...] = ()
     """Entries that tell of refreshes in flight, made when they are asked for."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from asteria.algorithms.algorithm import BlockState, Pair
 from asteria.config.runtime import RuntimeConfig
 from asteria.linalg.eigenbasis import eigh_basis
-from asteria.linalg.method import Method, refreshed
+from asteria.linalg.method import Method, method_of_kept, refreshed
 from asteria.linalg.modes import replace_
 from asteria.linalg.packed import unpacked
 from asteria.linalg.verified import Failures, VerifiedBasis, verified_refresh
@@ -28,15 +28,13 @@ from asteria.runtime.host_refresh import Refreshed
 from asteria.runtime.inline import block_parts
 from asteria.runtime.records import ParameterRecord, Tile
 from asteria.runtime.results import Exchange
-from asteria.runtime.rows import rotate_
 from asteria.runtime.transfer import HostLink, in_memory
+from asteria.runtime.turning import moved_lives, rotate_, turn_first_, with_own_factors
 from asteria.runtime.units import Units, unit_of
 from asteria.store.layout import Life
 from asteria.telemetry.counters import Counters
 
 __all__ = ["SharedRefresher"]
-
-_MOVED = (Life.STEP, Life.BASIS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +76,7 @@ class SharedRefresher:
         self, chunk: Chunk, gate: Tensor | None, *, method: Method, bound: float | None
     ) -> None:
         """Refresh the bases of a chunk whose fields are acquired; ``bound`` as in `rotate_`."""
+        method = method_of_kept(method, in_bases=chunk.extent.rule.in_bases)
         for tile in chunk.tiles:
             self._compute(chunk, tile, method=method, gate=gate, bound=bound)
 
@@ -165,12 +164,13 @@ class SharedRefresher:
     ) -> None:
         """Those of one chunk."""
         chunk = mine[0].chunk
-        chunk.extent.acquire(_MOVED)
+        moved = moved_lives(chunk.extent.rule)
+        chunk.extent.acquire(moved)
         try:
             for one in mine:
-                self._install_(one, chunk.state(_MOVED), scratch(chunk), errors)
+                self._install_(one, chunk.state(moved), scratch(chunk), errors)
         finally:
-            chunk.extent.release(_MOVED, _MOVED)
+            chunk.extent.release(moved, moved)
 
     def _install_(
         self, one: _Pending, state: BlockState, scratch: Pair, errors: list[Exception]
@@ -185,19 +185,22 @@ class SharedRefresher:
         reasons, anew = outcome.kept, len(outcome.kept) < outcome.count
         if anew or one.method is None:
             blocks = slice(tile.start - chunk.start, tile.stop - chunk.start)
-            part = {name: tensor[blocks] for name, tensor in state.items()}
+            shown = {name: tensor[blocks] for name, tensor in state.items()}
+            part = with_own_factors(chunk.extent, tile, shown)
             device = chunk.extent.device
             fresh = [b if b is None else in_memory(b).to(device) for b in outcome.bases]
             if not anew:
-                shown = [f"basis_{mode}" for mode in range(len(fresh))]
-                fresh = [_identity(part[name]) if name in part else None for name in shown]
+                names = [f"basis_{mode}" for mode in range(len(fresh))]
+                fresh = [_identity(part[name]) if name in part else None for name in names]
+            rule = chunk.extent.rule
             if one.method is not None:
                 pair = (scratch[0][blocks], scratch[1][blocks])
-                rule = chunk.extent.rule
                 rotate_(rule, part, fresh, scratch=pair, gate=one.gate, bound=one.bound)
             for mode, basis in enumerate(fresh):
                 if basis is not None:
                     replace_(part[f"basis_{mode}"], basis, one.gate)
+                    if one.method is None and rule.in_bases and tile.kept:
+                        turn_first_(part[f"factor_{mode}"], basis)
         if self._exchange.owns(unit):
             self._counters.refreshes += outcome.count
             self._counters.refresh_cost += tile.plan.refresh_cost

@@ -19,6 +19,7 @@ from asteria.runtime.governor import Governor
 from asteria.runtime.guard import gate_on
 from asteria.runtime.inside import InsideRefresher
 from asteria.runtime.records import ParameterRecord, Tile
+from asteria.runtime.turning import moved_lives
 from asteria.runtime.units import Unit, Units, unit_of
 from asteria.runtime.updater import Updater, moves
 from asteria.store.cell import Cell
@@ -28,9 +29,6 @@ from asteria.telemetry.phases import phase
 from asteria.telemetry.trace import Trace
 
 __all__ = ["Stepper"]
-
-_MOVED = (Life.STEP, Life.BASIS)
-"""What changes when a basis does."""
 
 
 class Stepper:
@@ -110,9 +108,9 @@ class Stepper:
                 extent.fold()
             if Life.SUM not in lives and extent.ledger is not None:
                 self._updater.open(chunk, extent.ledger)
-            if self._background is not None and self._background.lands_on(chunk):
+            if self._lands_on(chunk):
                 self._install_(chunk)
-                changed.update(_MOVED)
+                changed.update(moved_lives(extent.rule))
             if not chunk.begun:
                 self._begin_(chunk, lives, gate)
             refreshes = self._refreshes(chunk)
@@ -162,7 +160,13 @@ class Stepper:
             most = ledger_steps(extent.key, extent.period)
             if len(extent.ledger) + 1 >= most:
                 return True
+            if extent.rule.in_bases and self._lands_on(chunk):
+                return True
         return self._refreshes(chunk)
+
+    def _lands_on(self, chunk: Chunk) -> bool:
+        """Whether the chunk's step begins with the install of a refresh."""
+        return self._background is not None and self._background.lands_on(chunk)
 
     def _refreshes(self, chunk: Chunk) -> bool:
         """Whether the chunk is refreshed after the update, at once or by a launch.
@@ -200,7 +204,8 @@ class Stepper:
         start = self._clock()
         bound = _bound(self._config.start, chunk.hyper)
         pair = self._updater.pair(chunk)
-        self._asynchronous.install_(chunk, chunk.state(_MOVED), pair, bound=bound)
+        state = chunk.state(moved_lives(chunk.extent.rule))
+        self._asynchronous.install_(chunk, state, pair, bound=bound)
         end = self._clock()
         self._counters.install_s += end - start
         self._draw("installs", "install", start, end)
@@ -227,7 +232,7 @@ class Stepper:
             if self._is_young(chunk) and is_young_step(chunk.age + 1, chunk.hyper.young_stride):
                 self._counters.young_steps.add(self._counters.steps)
             self._refresh_now_(chunk, gate)
-            changed.update(_MOVED)
+            changed.update(moved_lives(chunk.extent.rule))
             if self._background is not None:
                 self._background.forget_older(chunk)
             return None

@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 
 from asteria.algorithms.adam import largest_ratio
-from asteria.algorithms.algorithm import Algorithm, BlockState, Contribution, Pair, fold_
+from asteria.algorithms.algorithm import (
+    Algorithm,
+    BlockState,
+    Contribution,
+    Pair,
+    bases,
+    fold_,
+)
 from asteria.config.hyperparameters import Hyperparameters
+from asteria.linalg.modes import transform
 from asteria.linalg.scratch import Scratch
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.guard import gate_on
@@ -51,13 +59,9 @@ class Updater:
         for number, (part, rows) in enumerate(parts_of(chunk)):
             own = state_of(state, rows, chunk.shape)
             gradient = gather(part, self._scratch, gate)
-            if number == 0:
-                rule, beta = chunk.extent.rule, chunk.hyper.shampoo_beta
-                given = rule.first_contributions(own, gradient, chunk.hyper)
-                for contribution in _kept(part, given):
-                    fold_(own, contribution, beta, None)
-            else:
-                self._accumulate_(part, own, gradient, None, first=False)
+            rule, beta = chunk.extent.rule, chunk.hyper.shampoo_beta if number == 0 else 1.0
+            for contribution in _kept(part, rule.first_contributions(own, gradient, chunk.hyper)):
+                fold_(own, contribution, beta, None)
 
     def project_(self, chunk: Chunk, lives: Sequence[Life]) -> None:
         """Carry moments that were loaded without bases into the first ones."""
@@ -88,16 +92,23 @@ class Updater:
         state, parts = self._state(chunk, lives), parts_of(chunk)
         gate = gate_on(gate, chunk.extent.device, chunk.extent.dtype)
         noted = chunk.extent.ledger if chunk.begun and Life.SUM not in lives else None
+        in_bases = chunk.extent.rule.in_bases and moves(self._start, chunk)
         for part, rows in parts:
             gradient, own = gather(part, self._scratch, gate), state_of(state, rows, chunk.shape)
+            first = part is parts[0][0]
+            if in_bases:
+                # Factors want the projection, which the moments then take the place of.
+                basis = bases(own, gradient.dim() - 1)
+                gradient = transform(gradient, basis, self._pair(part), transpose=True)
+                if chunk.begun:
+                    self._accumulate_(part, own, gradient, gate, first=first, noted=noted)
             direction, scale = self._direction_(part, own, gradient, gate)
             if direction is None:
                 continue
             if chunk.hyper.normalize_grads:
                 normalize_(direction, part)
             apply_(direction, part, updates, scale=scale, gate=gate)
-            if chunk.begun:
-                first = part is parts[0][0]
+            if chunk.begun and not in_bases:
                 self._accumulate_(part, own, gradient, gate, first=first, noted=noted)
         if not chunk.begun:
             return Life

@@ -33,6 +33,11 @@ DEVICE_CONFIGS = {
     "auto": RuntimeConfig(),
     "in the step": RuntimeConfig(refresh="sync"),
 }
+ROTATED_CONFIGS = {
+    "rotated": RuntimeConfig(refresh_on="device", factors="rotated"),
+    "rotated, in the step": RuntimeConfig(refresh="sync", factors="rotated"),
+}
+"""Of SOAP."""
 over_configs = pytest.mark.parametrize("config", DEVICE_CONFIGS.values(), ids=DEVICE_CONFIGS)
 
 
@@ -81,6 +86,11 @@ def test_bits_do_not_depend_on_how_busy_the_device_is(name: str, config: Runtime
     assert all(bool(value.isfinite().all()) for value in finals[0].values())
 
 
+@pytest.mark.parametrize("config", ROTATED_CONFIGS.values(), ids=ROTATED_CONFIGS)
+def test_nor_do_those_of_factors_that_turn(config: RuntimeConfig) -> None:
+    test_bits_do_not_depend_on_how_busy_the_device_is("SOAP", config)
+
+
 @over_optimizers
 def test_the_device_computes_what_the_host_computes(name: str) -> None:
     """In float64, where rounding leaves the same run."""
@@ -99,7 +109,11 @@ def _params(optimizer: SecondOrderOptimizer) -> list[Tensor]:
     return params
 
 
-@over_configs
+@pytest.mark.parametrize(
+    "config",
+    [*DEVICE_CONFIGS.values(), *ROTATED_CONFIGS.values()],
+    ids=[*DEVICE_CONFIGS, *ROTATED_CONFIGS],
+)
 def test_no_step_waits_for_the_device(config: RuntimeConfig) -> None:
     with build("SOAP", config, on(DEVICE)) as optimizer:
         train(optimizer, range(18))
@@ -236,7 +250,7 @@ def test_pinned_memory_is_of_the_size_asked_for_and_ends() -> None:
     torch.ones(1, device=DEVICE).item()
 
 
-@pytest.mark.parametrize("method", ["qr", "ldlr"])
+@pytest.mark.parametrize("method", ["qr", "ldlr", "rotated_ldlr"])
 @pytest.mark.parametrize("size", [16, 96, 257])
 def test_methods_do_not_wait_and_agree_with_the_host(method: Method, size: int) -> None:
     generator = torch.Generator().manual_seed(size)
@@ -245,6 +259,8 @@ def test_methods_do_not_wait_and_agree_with_the_host(method: Method, size: int) 
     factor = root.mT @ root / size
     start = torch.eye(size, dtype=torch.float64).expand_as(factor).contiguous()
     basis = refreshed(factor, start, method="qr", sort=True).basis
+    if method == "rotated_ldlr":
+        factor = basis.mT @ factor @ basis
     expected = refreshed(factor, basis, method=method, sort=True)
     there = factor.to(DEVICE), basis.to(DEVICE)
     with nothing_waits():

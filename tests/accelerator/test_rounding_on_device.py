@@ -10,7 +10,7 @@ from torch import Tensor
 from asteria.linalg.eigenbasis import is_orthogonal
 from asteria.linalg.method import Method, refreshed
 from asteria.linalg.precision import exact_bmm
-from asteria.linalg.rotated import turned
+from asteria.linalg.rotated import conjugated, rotated_ldlr, turn
 from tests.linalg.matrices import defect, generator, geometric, overlap, rotations, with_spectrum
 
 pytestmark = [
@@ -68,7 +68,12 @@ def test_rotated_factors_survive_tf32() -> None:
     rotated = (basis.double().mT @ factor.double() @ basis.double()).float()
     wanted = refreshed(factor.double(), basis.double(), method="ldlr", sort=True).basis
     with tf32():
-        found = turned(rotated, basis, sort=True)
+        found = rotated_ldlr(rotated, basis, sort=True)
+        followed = conjugated(rotated, turn(basis, found.basis))
     assert found.usable.all()
+    true = found.basis.double().mT @ factor.double() @ found.basis.double()
+    unit = true.diagonal(dim1=-2, dim2=-1).rsqrt()
+    scaled = (followed - true) * unit.unsqueeze(-1) * unit.unsqueeze(-2)
+    assert scaled.abs().max() < 2e-2, "also of the small eigenvalues"
     assert defect(found.basis.cpu()) < 2e-5
     assert overlap(found.basis.cpu(), wanted.cpu()).min() > 0.999

@@ -127,9 +127,10 @@ def test_training_goes_through_every_place_and_keeps_each_row(
     saved: list[int] = []
     box = Box(HOST, 5.0, lambda found: saved.append(len(found["rows"])))
     found = accelerator_sections.training(box)
-    assert saved == [1, 2, 3, 4]
+    assert saved == [1, 2, 3, 4, 5]
     assert [row["arm"] for row in found["rows"][1:]] == [
-        f"asteria, {place}, period 2" for place in reversed(PLACES)
+        *(f"asteria, {place}, period 2" for place in reversed(PLACES)),
+        "asteria, beside, on the device, period 1, factors rotated",
     ]
     assert all(row["checked"] and row["step_ms"] is None for row in found["rows"])
 

@@ -41,7 +41,7 @@ CHOICES: dict[str, tuple[list[Any], list[Any]]] = {
     "install": (["scheduled", "ready"], []),
     "start": (["fresh", "eigh", "adam"], []),
     "state_dtype": ([torch.float32, torch.bfloat16], []),
-    "factors": (["full", "packed"], ["rotated"]),
+    "factors": (["full", "packed", "rotated"], []),
     "nonfinite": (["raise", "skip"], []),
     "shards": (["exact", "local"], []),
 }

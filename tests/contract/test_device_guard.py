@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asteria import NonFiniteGradientError
+from asteria import SOAP, NonFiniteGradientError, RuntimeConfig
 from asteria.optim.optimizer import SecondOrderOptimizer
 from asteria.runtime.engine import Engine
 from asteria.runtime.guard import DeviceGuard
@@ -121,6 +121,13 @@ def test_closed_gate_leaves_every_bit(arm: Arm, dtype: torch.dtype) -> None:
             after, before | landing | {name: after[name] for name in moving & after.keys()}
         )
     assert bool(installs) == arm.is_asynchronous
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.usefixtures("gated")
+def test_nor_does_a_factor_turn(dtype: torch.dtype) -> None:
+    runtime = RuntimeConfig(refresh="sync", factors="rotated")
+    test_closed_gate_leaves_every_bit(Arm("SOAP-rotated", SOAP, runtime), dtype)
 
 
 @pytest.mark.usefixtures("gated")

@@ -48,6 +48,14 @@ def test_no_refresh_fails_for_a_permission_to_round(name: str, refresh: str, met
     assert stats.failed_refreshes == stats.retried_refreshes == 0
 
 
+@pytest.mark.parametrize("refresh", ["sync", "async"])
+def test_nor_does_one_of_factors_that_turn(refresh: str) -> None:
+    with medium():
+        stats = run("SOAP", refresh=refresh, factors="rotated").stats()
+    assert stats.refreshes > 20
+    assert stats.failed_refreshes == stats.retried_refreshes == 0
+
+
 def test_no_setting_of_the_process_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even for a while: other threads multiply meanwhile."""
     touched: list[object] = []

@@ -185,6 +185,43 @@ def test_every_setting_gives_the_same_bits(case: str, name: str, arrangement: st
     assert_same_bits(all_of(optimizer), on_the_device(CASES[case], name, FEWER_STEPS))
 
 
+ROTATED: dict[str, Any] = {"factors": "rotated"}
+TURNING = {
+    "defaults": Case(runtime=ROTATED),
+    "period 1": Case({"precondition_frequency": 1}, ROTATED),
+    "period 5": Case({"precondition_frequency": 5}, {"staleness": 3, **ROTATED}),
+    "staleness 5": Case({"precondition_frequency": 1}, {"staleness": 5, **ROTATED}),
+    "synchronous": Case({"precondition_frequency": 1}, {"refresh": "sync", **ROTATED}),
+    "adam": Case(runtime={"start": "adam", **ROTATED}),
+    "on the device": Case(runtime={"refresh_on": "device", **ROTATED}),
+    "one-sided": Case(
+        {"max_precond_dim": 4}, ROTATED, shapes=[(12, 4), (4, 12), (5,), *[(12, 4)] * 30]
+    ),
+    "blocks": Case(
+        {"max_precond_dim": 4, "large_dims": "blocks"}, ROTATED, shapes=[(13, 4), (4, 9), (29, 4)]
+    ),
+    "absent": Case(runtime=ROTATED, present=lambda step, index: (step + index) % 3 != 0),
+    "added": Case(runtime=ROTATED, between=add_a_group),
+}
+
+
+def _turning() -> Iterator[Any]:
+    """Every case over the tiers in turn; two cases over all of them."""
+    places = "disk", "some on disk", "all three"
+    for number, case in enumerate(TURNING):
+        several = case in ("defaults", "period 5")
+        for place in places if several else places[number % 3 : number % 3 + 1]:
+            yield case, place
+
+
+@pytest.mark.parametrize(("case", "arrangement"), list(_turning()))
+def test_factors_that_turn_have_the_same_bits(case: str, arrangement: str) -> None:
+    """What waits for them was made in the coordinates of its step, and is folded before they do."""
+    optimizer, _ = elsewhere(TURNING[case], "SOAP", ARRANGEMENTS[arrangement], FEWER_STEPS)
+    assert homes(optimizer) - {Home.DEVICE}
+    assert_same_bits(all_of(optimizer), on_the_device(TURNING[case], "SOAP", FEWER_STEPS))
+
+
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_budgets_hold_at_every_moment(arrangement: str) -> None:
     place = ARRANGEMENTS[arrangement]

@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.support.training import (
     assert_same_bits,
     everything,
     set_gradients,
+    train,
     weights,
 )
 
@@ -233,6 +235,22 @@ def test_tiers_on_several_ranks(budget: str, tmp_path: Path) -> None:
     )
     on_disk = [optimizer.stats().tier_peak_bytes["nvme"] for optimizer in ranks.optimizers]
     assert all(on_disk) or budget == "1MiB"
+
+
+@pytest.mark.parametrize("refresh", ["sync", "async"])
+def test_factors_that_turn_may_be_on_a_disk(refresh: Any, tmp_path: Path) -> None:
+    """What is installed at the end of a step with others turns them, too."""
+    runtime = RuntimeConfig(refresh=refresh, factors="rotated")
+    given = {"shapes": SHAPES, "precondition_frequency": 2}
+    whole = build("SOAP", runtime, **given)
+    train(whole, range(STEPS))
+    far = replace(runtime, nvme_path=tmp_path, host_budget="8KiB")
+    ranks = Ranks("SOAP", PAIR, far, **given)
+    assert ranks.train(range(STEPS)) == [None, None]
+    for bits in ranks.bits():
+        assert_same_bits(bits, everything(whole))
+    assert all(o.stats().tier_peak_bytes["nvme"] for o in ranks.optimizers)
+    whole.close()
 
 
 def test_ranks_of_a_node_share_its_memory() -> None:

@@ -47,6 +47,21 @@ def test_several_ranks_do_what_one_does(name: str, runtime: RuntimeConfig) -> No
     assert_same_bits(ranks.bits()[0], everything(alone(name, runtime, shapes)))
 
 
+@pytest.mark.parametrize("period", [1, 3])
+@pytest.mark.parametrize("more", [{}, {"refresh": "sync"}, {"start": "adam"}, {"start": "eigh"}])
+def test_owners_turn_their_factors_and_all_install_the_same_bases(
+    more: dict[str, Any], period: int
+) -> None:
+    shapes: list[Shape] = [(6, 4), (5,), (4, 4), (3, 2, 4), (6, 4), (7, 5)]
+    runtime = RuntimeConfig(factors="rotated", **more)
+    given = {"shapes": shapes, "precondition_frequency": period}
+    ranks = Ranks("SOAP", Topology.even(3, 3), runtime, **given)
+    assert ranks.train(range(STEPS)) == [None] * 3
+    one = alone("SOAP", runtime, shapes, precondition_frequency=period)
+    for bits in ranks.bits():
+        assert_same_bits(bits, everything(one))
+
+
 @over_runtimes
 @pytest.mark.parametrize("size", [2, 4])
 def test_work_and_memory_are_shared_out(size: int, runtime: RuntimeConfig) -> None:

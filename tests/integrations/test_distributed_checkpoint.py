@@ -56,6 +56,7 @@ class Run:
         *,
         period: int = PERIOD,
         staleness: int = 2,
+        factors: Any = "full",
         **options: Any,
     ) -> None:
         self.model = model()
@@ -63,7 +64,7 @@ class Run:
             self.optimizer: Any = torch.optim.AdamW(self.model.parameters())
         else:
             params = self.model.parameters()
-            runtime = RuntimeConfig(staleness=staleness)
+            runtime = RuntimeConfig(staleness=staleness, factors=factors)
             self.optimizer = build(name, params, precondition_frequency=period, runtime=runtime)
         self.options = StateDictOptions(**options)
 

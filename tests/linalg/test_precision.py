@@ -12,6 +12,7 @@ from asteria.linalg import precision
 from asteria.linalg.eigenbasis import is_orthogonal, orthogonal_iteration
 from asteria.linalg.ldlr import ldlr
 from asteria.linalg.precision import exact_bmm, without_autocast
+from asteria.linalg.rotated import conjugated, rotated_ldlr, turn
 from tests.linalg.matrices import defect, generator, geometric, rotations, with_spectrum
 
 SIZE = 64  # oneDNN takes products of at least 16^3 multiplications
@@ -110,6 +111,20 @@ def test_an_ldlr_refresh_lets_only_its_correction_be_rounded(rounding: None) -> 
     with allowed("medium"), Products() as products:
         ldlr(factor, basis, sort=True)
     assert products.float32 == ["baddbmm"]
+
+
+def test_a_factor_in_its_basis_lets_only_corrections_be_rounded(rounding: None) -> None:
+    factor, basis = problem()
+    rotated = (basis.double().mT @ factor.double() @ basis.double()).float()
+    with allowed("medium"), Products() as products:
+        fresh = rotated_ldlr(rotated, basis, sort=True).basis
+        by = turn(basis, fresh)
+        assert products.float32 == ["baddbmm"]
+        followed = conjugated(rotated, by)
+    assert products.float32 == ["baddbmm"] * 3
+    assert defect(fresh) < 1e-5
+    wanted = fresh.double().mT @ factor.double() @ fresh.double()
+    assert (followed - wanted).abs().max() < 2**-8 * (followed - rotated).abs().max()
 
 
 @pytest.mark.parametrize("refresh", [ldlr, orthogonal_iteration])

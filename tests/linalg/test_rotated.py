@@ -4,8 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from asteria.linalg.eigenbasis import BasisResult
 from asteria.linalg.ldlr import ldlr
-from asteria.linalg.rotated import exactly_turned, turned
+from asteria.linalg.rotated import (
+    conjugated,
+    in_basis,
+    out_of_basis,
+    rotated_eigh,
+    rotated_ldlr,
+    turn,
+)
 from benchmarks.refresh_trackers import Rounding
 from tests.linalg.matrices import defect, generator, geometric, overlap, rotations, with_spectrum
 
@@ -22,17 +30,24 @@ def start(
     return factor.to(dtype), basis.to(dtype), rotated.to(dtype)
 
 
+def turned(rotated: Tensor, basis: Tensor) -> tuple[BasisResult, Tensor]:
+    """A refresh by LDLR, and the factor that follows."""
+    found = rotated_ldlr(rotated, basis, sort=True)
+    return found, conjugated(rotated, turn(basis, found.basis))
+
+
 @pytest.mark.parametrize("iterations", [1, 2])
 @pytest.mark.parametrize("sort", [False, True])
 def test_it_is_ldlr_of_the_factor(sort: bool, iterations: int) -> None:
     factor, basis, rotated = start()
     before = basis.clone(), rotated.clone()
     wanted = ldlr(factor, basis, sort=sort, iterations=iterations).basis
-    found = turned(rotated, basis, sort=sort, iterations=iterations)
+    found = rotated_ldlr(rotated, basis, sort=sort, iterations=iterations)
+    by = turn(basis, found.basis)
     assert found.usable.tolist() == [True] * 3
     torch.testing.assert_close(found.basis, wanted, rtol=0, atol=1e-9)
-    torch.testing.assert_close(found.basis, basis @ found.turn)
-    torch.testing.assert_close(found.rotated, found.basis.mT @ factor @ found.basis)
+    torch.testing.assert_close(found.basis, basis @ by)
+    torch.testing.assert_close(conjugated(rotated, by), found.basis.mT @ factor @ found.basis)
     assert found.basis.mT.is_contiguous()
     assert torch.equal(basis, before[0])
     assert torch.equal(rotated, before[1])
@@ -40,26 +55,39 @@ def test_it_is_ldlr_of_the_factor(sort: bool, iterations: int) -> None:
 
 def test_the_exact_one_ends_with_a_diagonal_and_turns_no_more_than_it_must() -> None:
     factor, basis, rotated = start()
-    found = exactly_turned(rotated, basis)
+    found = rotated_eigh(rotated, basis)
+    by = turn(basis, found.basis)
+    followed = conjugated(rotated, by)
     assert found.usable.tolist() == [True] * 3
-    off = found.rotated - torch.diag_embed(found.rotated.diagonal(dim1=-2, dim2=-1))
+    off = followed - torch.diag_embed(followed.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < 1e-12
-    torch.testing.assert_close(found.basis, basis @ found.turn)
-    torch.testing.assert_close(found.rotated, found.basis.mT @ factor @ found.basis)
+    torch.testing.assert_close(followed, found.basis.mT @ factor @ found.basis)
     assert overlap(found.basis, basis).min() > 0.9
-    assert found.turn.diagonal(dim1=-2, dim2=-1).min() > 0
+    assert by.diagonal(dim1=-2, dim2=-1).min() > 0
 
 
-@pytest.mark.parametrize("refresh", [lambda b, q: turned(b, q, sort=True), exactly_turned])
-def test_a_non_finite_factor_is_marked_and_its_neighbours_are_not(refresh) -> None:
+def test_coordinates_change_back_and_forth() -> None:
+    factor, basis, rotated = start()
+    torch.testing.assert_close(in_basis(factor, basis), rotated)
+    torch.testing.assert_close(out_of_basis(rotated, basis), factor)
+    assert torch.equal(in_basis(factor, basis), in_basis(factor, basis).mT)
+
+
+@pytest.mark.parametrize("place", [(4, 2), (2, 4)])
+@pytest.mark.parametrize(
+    "refresh", [lambda b, q: rotated_ldlr(b, q, sort=False), rotated_eigh], ids=["ldlr", "eigh"]
+)
+def test_a_non_finite_factor_is_marked_and_its_neighbours_are_not(
+    refresh, place: tuple[int, int]
+) -> None:
+    """Whichever triangle is looked at."""
     _, basis, rotated = start(6)
     clean = refresh(rotated, basis)
-    rotated[1, 4, 2] = float("nan")
+    rotated[(1, *place)] = float("nan")
     found = refresh(rotated, basis)
     assert found.usable.tolist() == [True, False, True]
     for block in (0, 2):
         assert torch.equal(found.basis[block], clean.basis[block])
-        assert torch.equal(found.rotated[block], clean.rotated[block])
 
 
 def test_small_eigenvalues_survive_products_in_tf32() -> None:
@@ -67,7 +95,7 @@ def test_small_eigenvalues_survive_products_in_tf32() -> None:
     factor, basis, rotated = start(32, 10 ** (-6 / 31), 3e-4, torch.float32)
     wanted = ldlr(factor.double(), basis.double(), sort=True).basis
     with Rounding("tf32"):
-        ours = turned(rotated, basis, sort=True)
+        ours, _ = turned(rotated, basis)
         theirs = ldlr(factor, basis, sort=True)
     assert ours.usable.all()
     assert overlap(ours.basis, wanted).min() > 0.999
@@ -91,8 +119,9 @@ def test_it_does_not_drift(rounding: str | None) -> None:
         with Rounding(rounding or "none"):
             projected = basis.mT @ gradient.float()
             rotated = beta * rotated + (1 - beta) * projected @ projected.mT
-            basis, rotated, _, usable = turned(rotated, basis, sort=True)
-        assert usable.all()
+            found, rotated = turned(rotated, basis)
+            basis = found.basis
+        assert found.usable.all()
         true = basis.double().mT @ factor @ basis.double()
         unit = true.diagonal(dim1=-2, dim2=-1).rsqrt()
         scaled = (rotated - true) * unit.unsqueeze(-1) * unit.unsqueeze(-2)

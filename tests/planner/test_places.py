@@ -159,6 +159,9 @@ def test_bases_in_bfloat16_are_suggested_where_they_do() -> None:
         there = planned(Machine(), host_budget=budget, **narrow)
         assert there.fits == helps
         assert not any(hint in text for text in there.suggestions)
+    turning = planned(Machine(), host_budget=least + 1, refresh="sync", factors="rotated")
+    assert not turning.fits
+    assert not any(hint in text for text in turning.suggestions), "they need bases in full"
 
 
 @pytest.mark.parametrize("optimizer", ["soap", "klshampoo"])

@@ -114,3 +114,16 @@ def test_a_model_on_the_meta_device_has_the_plan_of_a_real_one() -> None:
         model = Net()
     real = asteria.plan(Net(), machine=Machine())
     assert asteria.plan(model, machine=Machine()) == real
+
+
+def test_factors_that_turn_take_the_room_of_full_ones_and_more_only_in_a_step() -> None:
+    full, turning = (
+        asteria.plan(Net(), optimizer="soap", machine=Machine(), runtime=runtime)
+        for runtime in (
+            asteria.RuntimeConfig(refresh_method="ldlr"),
+            asteria.RuntimeConfig(factors="rotated"),
+        )
+    )
+    assert turning.memory.by_class == full.memory.by_class
+    assert turning.memory.working_bytes > full.memory.working_bytes
+    assert turning.refreshes == full.refreshes

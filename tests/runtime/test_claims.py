@@ -9,6 +9,8 @@ from asteria import RuntimeConfig
 from asteria.algorithms.algorithm import BlockShape
 from asteria.algorithms.kl import KLSOAP, KLShampoo
 from asteria.algorithms.soap import SOAP
+from asteria.algorithms.turned_soap import TurnedSOAP
+from asteria.runtime import extents
 from asteria.runtime.claims import items, ledger_steps, working_bytes
 from asteria.runtime.extents import ExtentKey, layouts
 from asteria.store.layout import Life
@@ -115,3 +117,21 @@ def test_temporary_memory_grows_with_the_largest_of_all() -> None:
     several = working_bytes([(key(SQUARE), 1)], refreshes=3) - nothing
     assert several == 3 * 64 * 64 * 4 + 3 * (8 * 64 * 64 * 4 + held)
     assert working_bytes([(key(SQUARE), 1)], refreshes=0) == small + nothing
+
+
+def test_factors_that_turn_take_room_while_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The turns of both sides, and three matrices of the larger one, for what goes together."""
+    plain, turning = key(), key(rule=TurnedSOAP)
+    one = 4 * (512**2 + 64**2 + 3 * 512**2)
+    for together, blocks in ((3, 3), (2, 3)):
+        monkeypatch.setattr(extents, "CHUNK_BYTES", together * 4 * 512**2)
+        beside = working_bytes([(plain, blocks)], refreshes=1)
+        assert working_bytes([(turning, blocks)], refreshes=1) - beside == together * one
+
+
+def test_factors_that_turn_are_moved_for_every_install_too() -> None:
+    plain, turning = (items(key(rule=rule), 1, 10, RuntimeConfig()) for rule in (SOAP, TurnedSOAP))
+    assert [item.nbytes for item in turning] == [item.nbytes for item in plain]
+    assert turning[2].read_bytes - plain[2].read_bytes == pytest.approx(plain[2].nbytes / 10)
+    sync = items(key(rule=TurnedSOAP), 1, 10, SYNC)
+    assert sync[2] == items(key(), 1, 10, SYNC)[2], "in one go with the refresh"
