@@ -35,7 +35,7 @@ class UnpackedSource:
         return unpack(half, out=target).view(self._shape)
 
     def kept(self) -> UnpackedSource:
-        """The same values in memory: of all that may be kept of them, half."""
+        """The same values, half of which are in memory from now on."""
         return UnpackedSource(_InMemory(self._halves.read()), self._shape)
 
     @property
