@@ -31,6 +31,7 @@ from tests.support.training import (
 
 ROTATED: dict[str, Any] = {"factors": "rotated"}
 FULL: dict[str, Any] = {"refresh_method": "ldlr"}
+PACKED: dict[str, Any] = {**FULL, "factors": "packed"}
 SHAPES: list[Shape] = [(7, 4), (5,), (4, 4), (3, 2, 4)]
 TILES: dict[str, Any] = {"max_precond_dim": 4, "large_dims": "blocks"}
 """The first parameter consists of two tiles of different shape."""
@@ -122,7 +123,10 @@ def loaded(runtime: dict[str, Any], given: SecondOrderOptimizer) -> SecondOrderO
 
 
 @pytest.mark.parametrize("refresh", ["async", "sync"])
-@pytest.mark.parametrize(("first", "then"), [(ROTATED, FULL), (FULL, ROTATED)])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(ROTATED, FULL), (FULL, ROTATED), (ROTATED, PACKED), (PACKED, ROTATED)],
+)
 def test_either_form_goes_on_as_the_other(
     first: dict[str, Any], then: dict[str, Any], refresh: str
 ) -> None:
