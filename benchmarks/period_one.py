@@ -2,8 +2,9 @@
 
     python -m benchmarks.convergence --period-one --jobs 2 --json results/period_one.json
 
-All arms are synchronous and differ from the first one, QR in the step, in what their names say. How
-far the loss of a start that differs by 1e-6 goes is the noise. Model and data are those of
+All arms but one are synchronous and differ from the first one, QR in the step, in what their names
+say; that one has its bases as an accelerator has them that refreshes beside the training. How far
+the loss of a start that differs by 1e-6 goes is the noise. Model and data are those of
 ``examples/train_gpt.py``, two layers of width 64; the rate is constant after the warm-up, because
 one that falls to zero hides differences between bases. Every finished run is stored under
 ``--out``.
@@ -44,6 +45,7 @@ class Arm:
 LDLR = (("refresh_method", "ldlr"),)
 NARROW = (("state_dtype", "bfloat16"),)
 PACKED = (("factors", "packed"),)
+BESIDE = (("refresh", "async"), ("refresh_on", "device"))
 ARMS = {
     BASELINE: Arm(label="qr"),
     NOISE: Arm(label="qr, first weights changed by 1e-6", perturbation=1e-6),
@@ -55,6 +57,7 @@ ARMS = {
     "narrow 10": Arm(label="qr every 10th step, bases in bfloat16", runtime=NARROW, period=10),
     "packed": Arm(label="qr, half of each factor", runtime=PACKED),
     "packed 10": Arm(label="qr every 10th step, half of each factor", runtime=PACKED, period=10),
+    "beside": Arm(label="ldlr, installed two steps later", runtime=BESIDE),
     "qr 10": Arm(label="qr every 10th step", period=10),
 }
 

@@ -82,7 +82,8 @@ class RuntimeConfig:
     refresh_method: Literal["eigh", "qr", "ldlr", "auto"] = "auto"
     """`"qr"`: one warm-started orthogonal iteration; `"ldlr"`: the same step from products, two
     Cholesky factorizations and a triangular solve, which accelerators are faster at (and hosts
-    slower); `"eigh"`: exact, in float64; `"auto"`: qr, and ldlr for rotated factors.
+    slower); `"eigh"`: exact, in float64; `"auto"`: qr, and with rotated factors
+    ldlr, as this field then says.
     """
     refresh_on: Literal["host", "device", "auto"] = "auto"
     """Where refreshes are computed.
@@ -233,7 +234,7 @@ class RuntimeConfig:
         if self.refresh_method == "auto":
             object.__setattr__(self, "refresh_method", "ldlr")
         for name, wanted, why in (
-            ("refresh_method", "ldlr", "which keeps turning the same basis"),
+            ("refresh_method", "ldlr", "which orthonormalizes the basis itself"),
             ("state_dtype", torch.float32, "in which a basis is orthogonal"),
         ):
             if getattr(self, name) != wanted:

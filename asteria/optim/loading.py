@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from asteria.algorithms.algorithm import Algorithm
@@ -30,6 +31,9 @@ from asteria.runtime.records import ParameterRecord, is_rebuilt
 from asteria.runtime.sharded_state import stepped_state
 
 __all__ = ["Named", "loaded_groups", "match_state"]
+
+_COARSEST = 1e-5
+"""Resolution of bases that are orthogonal enough to give a factor in them."""
 
 Named: TypeAlias = tuple[int, str, Tensor, dict[str, Any]]
 """(index, name, parameter, group) of one parameter of an optimizer."""
@@ -86,6 +90,8 @@ def match_state(
                 matched[record] = adopted_state(origin, entries, record.route, record.shape)
                 rotated = origin is Origin.OURS and has_rotated_factors(group)
                 record.has_foreign_factors = rotated != rule.in_bases
+                if record.has_foreign_factors:
+                    _check_bases(entries)
             except CheckpointError as error:
                 problems.append(f"{name}: {error}")
     problems += [f"state of a parameter {key!r} that no group has" for key in nobodys]
@@ -93,3 +99,14 @@ def match_state(
     for group in groups:
         group[KEY] = manifest(rule)
     return matched
+
+
+def _check_bases(entries: Mapping[str, Any]) -> None:
+    """Refuse bases in which no factor can be given, with a CheckpointError."""
+    for key, value in entries.items():
+        known = isinstance(value, Tensor) and value.is_floating_point()  # others are refused later
+        if known and key.startswith("basis_") and torch.finfo(value.dtype).eps > _COARSEST:
+            raise CheckpointError(
+                f"{key} is {value.dtype}, too coarse for factors that are to be converted, which "
+                'takes float32: load it with RuntimeConfig(factors="full"), or asteria.slim of it'
+            )

@@ -190,6 +190,30 @@ def test_a_slim_state_has_no_form() -> None:
         assert (twins[1][key] - weight).abs().max() < 1e-11
 
 
+def test_bases_in_bfloat16_are_too_coarse_to_convert_factors() -> None:
+    """Nothing is loaded then; without factors it goes."""
+    narrow = {"state_dtype": torch.bfloat16, "refresh": "sync"}
+    source = asteria.SOAP(parameters(SHAPES), runtime=RuntimeConfig(**narrow), **TILES)
+    train(source, range(3))
+    twin = asteria.SOAP(clones(params_of(source)), runtime=RuntimeConfig(**ROTATED), **TILES)
+    with pytest.raises(CheckpointError, match="basis_0 is torch.bfloat16.*to be converted"):
+        twin.load_state_dict(source.state_dict())
+    assert not twin.state
+    twin.load_state_dict(asteria.slim(source.state_dict()))
+    train(twin, range(3, 6))
+    twin.close()
+
+
+def test_bases_that_are_none_are_refused_as_ever() -> None:
+    source = double({"refresh": "sync", **FULL}, 3)
+    twin = asteria.SOAP(clones(params_of(source)), runtime=RuntimeConfig(**ROTATED), **TILES)
+    saved = copy.deepcopy(source.state_dict())
+    saved["state"][0] |= {"basis_0.0": "a text", "basis_1.0": torch.zeros(4, 4, dtype=torch.int8)}
+    with pytest.raises(CheckpointError, match="basis_0.0 is 'a text'"):
+        twin.load_state_dict(saved)
+    assert not twin.state
+
+
 def test_other_optimizers_refuse_it_by_name() -> None:
     source = double({"refresh": "sync", **ROTATED}, 3)
     other = asteria.KLSOAP(parameters(SHAPES, torch.float64))
