@@ -47,8 +47,11 @@ def test_several_ranks_do_what_one_does(name: str, runtime: RuntimeConfig) -> No
     assert_same_bits(ranks.bits()[0], everything(alone(name, runtime, shapes)))
 
 
-@pytest.mark.parametrize("period", [1, 3])
-@pytest.mark.parametrize("more", [{}, {"refresh": "sync"}, {"start": "adam"}, {"start": "eigh"}])
+@pytest.mark.parametrize(
+    ("more", "period"),
+    [({}, 1), ({}, 3), ({"refresh": "sync"}, 1), ({"start": "adam"}, 3), ({"start": "eigh"}, 1)],
+    ids=str,
+)
 def test_owners_turn_their_factors_and_all_install_the_same_bases(
     more: dict[str, Any], period: int
 ) -> None:
