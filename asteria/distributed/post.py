@@ -209,6 +209,6 @@ class Post:
             who = "; ".join(f"{self.name(rank)} {why}" for rank, why in stuck.items())
             raise CoherenceError(
                 f"{self.name(self.rank)} waited {waited_s:.0f} s for {what}, and {who}. Look why "
-                "it is stuck or slow; the limit is the timeout of init_process_group. Weights and "
+                "it is stuck or slow, or raise the timeout of init_process_group. Weights and "
                 "state are as the last step left them"
             )

@@ -18,13 +18,18 @@ from torch import Tensor
 from asteria.distributed.letters import Letter
 from asteria.distributed.post import Post
 
-__all__ = ["RollCall", "call"]
+__all__ = ["RollCall", "call", "patience_s"]
 
 _CALL, _HERE = "who is there", "here"
 _ANSWER_S = 1.0
 """Longest wait for answers, which come within a millisecond from a machine that is not busy."""
 _LOOK_S = 0.1
 """How often a caller calls, and looks for letters that have come back."""
+
+
+def patience_s(timeout_s: float) -> float:
+    """How long to wait before ranks are called, so that who is missing is known in the timeout."""
+    return max(timeout_s - _ANSWER_S, timeout_s / 2)
 
 
 class RollCall:

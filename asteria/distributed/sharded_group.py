@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asteria.distributed.groups import node_labels, timeout_of
-from asteria.distributed.roll_call import call
+from asteria.distributed.roll_call import call, patience_s
 from asteria.distributed.sharded_exchange import Exchange
 from asteria.distributed.topology import Topology
 from asteria.errors import CoherenceError
@@ -40,13 +40,13 @@ class ShardGroup:
     """
 
     def __init__(self, ranks: Sequence[int]) -> None:
-        """``ranks`` of the default group, ascending; its timeout is that of the default group.
+        """``ranks`` of the default group, ascending, whose timeout bounds every wait.
 
         Raises CoherenceError if they do not all come. See `group_of`.
         """
         self.ranks = tuple(ranks)
         self._told = functools.partial(_together, self.ranks)
-        timeout = datetime.timedelta(seconds=timeout_of(dist.group.WORLD))
+        timeout = datetime.timedelta(seconds=patience_s(timeout_of(dist.group.WORLD)))
         given: dict[str, Any] = {"timeout": timeout, "use_local_synchronization": True}
         with self._told("meeting for the first time"):
             self._data: Any = dist.new_group(list(ranks), **given)

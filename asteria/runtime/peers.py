@@ -17,7 +17,7 @@ from asteria.distributed.groups import Assembly, assemble, peer_group
 from asteria.distributed.links import LinkCounters
 from asteria.distributed.ownership import Load, assign, totals
 from asteria.distributed.post import Post
-from asteria.distributed.roll_call import RollCall
+from asteria.distributed.roll_call import RollCall, patience_s
 from asteria.distributed.topology import Topology
 from asteria.distributed.wire import GlooWire, Wire
 from asteria.runtime.records import Fetch, ParameterRecord, Route, TilePlan, state_dtype
@@ -71,7 +71,7 @@ def _membership(assembly: Assembly, wire: Wire) -> Membership:
     rank, topology = assembly.rank, assembly.topology
     names = {own: f"rank {known}" for own, known in enumerate(assembly.global_ranks)}
     counters = LinkCounters(rank, topology)
-    post = Post(rank, wire, counters, timeout_s=assembly.timeout_s, names=names)
+    post = Post(rank, wire, counters, timeout_s=patience_s(assembly.timeout_s), names=names)
     return Membership(rank, topology, post, assembly.global_ranks)
 
 

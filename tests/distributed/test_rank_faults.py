@@ -9,7 +9,7 @@ import pytest
 from benchmarks.rank_fault_run import EXACT, KILL, LOCAL, MODES, PHASES, REPLICATED, STOP, Plan
 from benchmarks.rank_faults import Outcome, attempt, draw, judge, table, undisturbed
 
-STEPS, TIMEOUT_S = 12, 3.0
+STEPS, TIMEOUT_S = 12, 4.0
 PLANS = [
     Plan(2, STEPS, TIMEOUT_S, REPLICATED, 1, "in a refresh", step=6, how=KILL),
     Plan(2, STEPS, TIMEOUT_S, REPLICATED, 0, "in a refresh", step=6, how=STOP, install="ready"),

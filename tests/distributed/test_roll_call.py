@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from asteria.distributed.roll_call import RollCall, call
+from asteria.distributed.roll_call import RollCall, call, patience_s
 from asteria.distributed.topology import Topology
 from asteria.errors import CoherenceError
 from tests.support.execution import FakeClock
@@ -73,6 +73,11 @@ def test_a_wait_that_is_too_long_names_who_is_missing_and_not_who_waits_for_it()
         first.wait(silence, lambda: [1], "a basis", "basis")
     links = first.counters.summary().links
     assert not any(link.sent_messages or link.received_messages for link in links.values())
+
+
+def test_who_is_missing_is_known_within_the_timeout() -> None:
+    assert patience_s(1800.0) == 1799.0
+    assert patience_s(1.0) == 0.5
 
 
 def test_any_optimizer_of_the_process_can_ask() -> None:

@@ -15,7 +15,7 @@ from asteria.errors import CoherenceError
 from tests.distributed.fans import build
 from tests.support.processes import Crew
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 4.0
 
 
 def leave(rank: int) -> None:
