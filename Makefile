@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench accelerator coverage clean
+.PHONY: demo test bits lint bench accelerator coverage clean
 
 demo: $(VENV)/.demo  ## the main job: train a small GPT with AdamW, SOAP and KL-Shampoo
 	$(BIN)/python -m examples.train_gpt --optimizers adamw soap klshampoo
 
 test: $(VENV)/.test  ## all tests, two files at a time
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+bits: $(VENV)/.test  ## what must be equal bit by bit, once more, with all math threads
+	$(BIN)/python -m pytest -k "bits or parity or linalg"
 
 lint: $(VENV)/.lint  ## format, lint, types, floors
 	$(BIN)/ruff format --check .
