@@ -142,7 +142,7 @@ def plot(results: dict[str, Record], path: Path) -> None:
     panel.set_yticks(range(len(others)), [arm["label"] for arm in reversed(others)])
     panel.set_ylim(-0.6, len(others) - 0.3)
     panel.set_xlabel("loss above QR at every step, nats per byte; mean, standard error, seeds")
-    panel.legend(frameon=False, fontsize=8, loc="lower right")
+    panel.legend(frameon=False, fontsize=8, loc="upper left")
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
