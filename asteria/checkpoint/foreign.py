@@ -157,8 +157,8 @@ def _published_bases(
         raise CheckpointError(
             f"step is {step!r:.60} and precondition_frequency {period!r:.60}, needs counts of steps"
         )
-    version = torch.full((1,), float(step - step % period))
-    return found | {"born": torch.zeros(()), "version": version}
+    version = torch.full((1,), float(step - step % period), dtype=torch.float32, device="cpu")
+    return found | {"born": torch.zeros_like(version[0]), "version": version}
 
 
 def _pairs(entries: Mapping[str, Any]) -> list[tuple[Any, Any]]:

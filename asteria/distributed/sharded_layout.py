@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.distributed
+import torch.utils.dlpack
 from torch import Tensor
 
 from asteria.errors import ConfigError
@@ -161,8 +162,10 @@ class ShardLayout:
 
     def show(self, part: Tensor, shape: Sequence[int]) -> Tensor:
         """This rank's ``part`` as a DTensor of ``shape``; it keeps its memory."""
+        # torch saves no DTensor whose part begins within its storage, so this is given its own.
+        local = torch.utils.dlpack.from_dlpack(part) if part.storage_offset() else part
         shown: Tensor = torch.distributed.tensor.DTensor.from_local(
-            part,
+            local,
             self.mesh,
             self.placements_of(shape),
             run_check=False,

@@ -121,11 +121,12 @@ def _orthonormalized(columns: Tensor) -> Tensor:
     return product
 
 
-def is_orthogonal(basis: Tensor) -> Tensor:
+def is_orthogonal(basis: Tensor, *, bound: float = 1e-3) -> Tensor:
     """Whether Q^T Q = I, estimated from a few fixed random vectors (Hutchinson), in O(n^2).
 
     E |(Q^T Q - I) z|^2 = |Q^T Q - I|_F^2 for Gaussian z, so a basis passes if the estimated
-    Frobenius norm is below 1e-3 sqrt(n): a hundred times what Householder QR leaves in float32.
+    Frobenius norm is below ``bound`` sqrt(n), by default a hundred times what Householder QR
+    leaves in float32.
     Shapes: (b, n, n) -> (b,) bool. A basis with inf or nan does not pass.
     """
     size = basis.shape[-1]
@@ -133,4 +134,4 @@ def is_orthogonal(basis: Tensor) -> Tensor:
     probes = torch.randn(size, _PROBES, generator=generator, dtype=basis.dtype, device=basis.device)
     probes = probes.expand(len(basis), -1, -1)
     residual = exact_bmm(basis.mT, exact_bmm(basis, probes)) - probes
-    return residual.square().sum((-2, -1)) / _PROBES <= 1e-6 * size
+    return residual.square().sum((-2, -1)) / _PROBES <= bound**2 * size

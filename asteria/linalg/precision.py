@@ -82,7 +82,8 @@ def _setting(backend: Any) -> str:
 @functools.cache
 def _host_rounds(setting: str) -> bool:
     """Whether this processor makes use of the permission, which is in force."""
-    beside_one = torch.full((1, 128, 128), 1 + 2.0**-20)
+    # Whatever defaults somebody has set.
+    beside_one = torch.full((1, 128, 128), 1 + 2.0**-20, dtype=torch.float32, device="cpu")
     return not bool((torch.bmm(beside_one, beside_one) > 128).all())
 
 

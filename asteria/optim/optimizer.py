@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
@@ -152,6 +153,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if not steps:
             return
         if fresh:
+            everyone = partial(members, self._named(), self.rule)
+            self._engine.agree_on_room([*fresh.values()], self.param_groups, everyone)
             self._admit({r: stepped_state(r, self.state.get(p, {})) for p, r in fresh.items()})
         self._engine.step(updates, gate)
 

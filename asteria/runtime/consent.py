@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from asteria.errors import CheckpointError, CoherenceError
 
-__all__ = ["Consent", "Vote"]
+__all__ = ["Consent", "Vote", "unanimously"]
 
 Vote: TypeAlias = Callable[[bool], list[int]]
 """Tells all other ranks whether this one has failed, and returns the ranks that have."""
@@ -62,3 +62,21 @@ class Consent:
             if self._left:
                 with suppress(CoherenceError):  # what has failed here is what matters
                     self._vote(True)
+
+
+def unanimously(check: Callable[[], None], vote: Vote, what: str) -> None:
+    """Return if ``check`` raises nothing on any rank. Training thread only.
+
+    Raises what it raises here, or CoherenceError that says ``what`` another rank could not do.
+    """
+    try:
+        check()
+    except Exception:
+        with suppress(CoherenceError):  # what has failed here is what matters
+            vote(True)
+        raise
+    if failed := vote(False):
+        raise CoherenceError(
+            f"rank {', '.join(map(str, failed))} could not {what}, and says why; nothing has "
+            "changed on any rank. Once its cause is gone, call step() again on all of them"
+        )

@@ -19,7 +19,7 @@ from asteria.runtime.answers import Answers
 from asteria.runtime.background import BackgroundRefresher
 from asteria.runtime.choices import shortest_period
 from asteria.runtime.chunks import Update, chunks
-from asteria.runtime.consent import Consent
+from asteria.runtime.consent import Consent, Vote, unanimously
 from asteria.runtime.extents import Extent
 from asteria.runtime.foresight import Foresight
 from asteria.runtime.governor import Governor
@@ -135,6 +135,9 @@ class Engine(Judge):
         self, groups: list[dict[str, Any]], members: Callable[[], Iterable[Member]]
     ) -> Consent:
         """What lets all ranks load a state for ``groups``, or none; meets them, as `admit`."""
+        return Consent(self._vote(groups, members))
+
+    def _vote(self, groups: list[dict[str, Any]], members: Callable[[], Iterable[Member]]) -> Vote:
         self._meet(members)
         shared = [parameter for group in groups for parameter in group["params"]]
 
@@ -144,7 +147,29 @@ class Engine(Judge):
             others = self._peers.failed_ranks(failed=failed or bool(found))
             return found or others
 
-        return Consent(vote)
+        return vote
+
+    def agree_on_room(
+        self,
+        records: list[ParameterRecord],
+        groups: list[dict[str, Any]],
+        members: Callable[[], Iterable[Member]],
+    ) -> None:
+        """Raise, on all ranks, unless each has room for new ``records`` beside what it has.
+
+        StoreFullError where there is none, else CoherenceError; nothing has changed then. Does
+        nothing for a process of its own.
+        """
+        if not (self._peers.expected or any(record.sharding is not None for record in records)):
+            return
+        vote = self._vote(groups, members)
+        here = {tile.record for extent in self._all() for tile in extent.tiles}
+        found = self._sharded.here_after(records, here)
+
+        def check() -> None:
+            check_room(found, self._residence, self._peers.elsewhere)
+
+        unanimously(check, vote, "make room for the state of new parameters")
 
     def check_room(self, records: list[ParameterRecord]) -> None:
         """Raise StoreFullError unless there is room for the state of ``records``, if alone."""

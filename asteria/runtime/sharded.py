@@ -96,6 +96,17 @@ class ShardedParameters:
         self._exact.update(arrivals, moved)
         return [*records, *moved], states
 
+    def here_after(
+        self, arrivals: Iterable[ParameterRecord], here: Iterable[ParameterRecord]
+    ) -> list[ParameterRecord]:
+        """Whose state is on this rank once ``arrivals`` have come to those that are ``here``."""
+        coming = list(arrivals)
+        exact = {*self._exact, *(record for record in coming if record.is_exact)}
+        found = places(exact)
+        staying = {record for record in (*here, *coming) if not record.is_exact}
+        owned = {r for r in exact if r.sharding and found[r].owner == r.sharding.layout.here}
+        return _in_order(staying | owned)
+
     def show(self, records: Iterable[ParameterRecord]) -> None:
         """Let the facades of sharded ones show their state."""
         for record in records:

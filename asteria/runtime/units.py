@@ -160,10 +160,10 @@ class Units:
         if memory.failed_in_a_row >= self._max_failures:
             memory.failed_in_a_row = 0
             self._error = RefreshError(
-                f"{self._max_failures} refreshes of {unit} in a row failed ({kept}), in float64 "
-                "too; weights and state are as the last step left them. Gradients so "
-                "large that their squares overflow are a usual cause: look at their norm, clip "
-                "them, or start this parameter afresh with `del optimizer.state[parameter]`"
+                f"{self._max_failures} refreshes of {unit} in a row failed ({kept}); weights and "
+                "state are as the last step left them. Gradients so large that their squares "
+                "overflow are a usual cause: look at their norm, clip them, or start this "
+                "parameter afresh with `del optimizer.state[parameter]`"
             )
 
     def notify(self, text: str) -> None:

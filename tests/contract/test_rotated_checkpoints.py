@@ -190,14 +190,18 @@ def test_a_slim_state_has_no_form() -> None:
         assert (twins[1][key] - weight).abs().max() < 1e-11
 
 
-def test_bases_in_bfloat16_are_too_coarse_to_convert_factors() -> None:
-    """Nothing is loaded then; without factors it goes."""
+@pytest.mark.parametrize("widened", [False, True])
+def test_bases_in_bfloat16_are_too_coarse_to_convert_factors(widened: bool) -> None:
+    """Also once a loader has widened them; nothing is loaded. Without factors it goes."""
     narrow = {"state_dtype": torch.bfloat16, "refresh": "sync"}
     source = asteria.SOAP(parameters(SHAPES), runtime=RuntimeConfig(**narrow), **TILES)
     train(source, range(3))
     twin = asteria.SOAP(clones(params_of(source)), runtime=RuntimeConfig(**ROTATED), **TILES)
-    with pytest.raises(CheckpointError, match="basis_0 is torch.bfloat16.*to be converted"):
-        twin.load_state_dict(source.state_dict())
+    saved = copy.deepcopy(source.state_dict())
+    for entries in saved["state"].values() if widened else ():
+        entries |= {k: v.float() for k, v in entries.items() if v.dtype == torch.bfloat16}
+    with pytest.raises(CheckpointError, match="basis_0 .torch.*not orthogonal enough"):
+        twin.load_state_dict(saved)
     assert not twin.state
     twin.load_state_dict(asteria.slim(source.state_dict()))
     train(twin, range(3, 6))

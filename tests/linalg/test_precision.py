@@ -216,3 +216,24 @@ def test_autocast_is_off_where_a_step_computes() -> None:
             assert torch.equal(torch.bmm(first, second), first @ second)
             assert torch.bmm(first, second).dtype == torch.float32
         assert torch.bmm(first, second).dtype == torch.bfloat16
+
+
+def test_other_defaults_hide_no_rounding() -> None:
+    """Whether this processor rounds is found out in float32 and on the host."""
+    found = []
+    try:
+        for dtype, device in (
+            (torch.float32, "cpu"),
+            (torch.float64, "cpu"),
+            (torch.float32, "meta"),
+        ):
+            precision._host_rounds.cache_clear()
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(device)
+            with allowed("medium"):
+                found.append(precision._host_rounds("medium"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        precision._host_rounds.cache_clear()
+    assert len(set(found)) == 1
