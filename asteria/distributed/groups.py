@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from asteria.distributed.attendance import attend
 from asteria.distributed.topology import Topology
 from asteria.errors import CoherenceError, ConfigError
 
@@ -82,7 +84,8 @@ def assemble(
     ``credentials`` says, by name, what all of them must have in common. Raises ConfigError where
     they have not, and CoherenceError if a rank does not come within the group's timeout.
     """
-    timeout_s = timeout_of(group)
+    timeout_s, begin_s = timeout_of(group), time.monotonic()
+    absent = attend(dist.get_process_group_ranks(group), "optimizers")
     try:
         own = _own_group(group, timeout_s)
         channel, own.channels = own.channels, own.channels + 1
@@ -90,10 +93,12 @@ def assemble(
         cards = _exchange(own.group, [_node_label(), *common.values()])
     except RuntimeError as error:
         names = ", ".join(map(str, dist.get_process_group_ranks(group)))
+        missing = ", ".join(map(str, absent()))
         raise CoherenceError(
-            f"the optimizers of ranks {names} were to meet at their first step, and some did not "
-            f"come within {timeout_s:g} s: {error}. All ranks of a group step, load and save "
-            "together; for a model of this rank alone give "
+            f"the optimizers of ranks {names} were to meet at their first step, and "
+            f"{f'rank {missing}' if missing else 'one'} was missing after "
+            f"{time.monotonic() - begin_s:.1f} s: {error}. All ranks of a group step, load and "
+            "save together; for a model of this rank alone give "
             'RuntimeConfig(process_group="alone")'
         ) from error
     ranks = tuple(dist.get_process_group_ranks(own.group))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from asteria.distributed.attendance import attend
 from asteria.distributed.groups import node_labels, timeout_of
 from asteria.distributed.roll_call import call, patience_s
 from asteria.distributed.sharded_exchange import Exchange
@@ -48,7 +49,8 @@ class ShardGroup:
         self._told = functools.partial(_together, self.ranks)
         timeout = datetime.timedelta(seconds=patience_s(timeout_of(dist.group.WORLD)))
         given: dict[str, Any] = {"timeout": timeout, "use_local_synchronization": True}
-        with self._told("meeting for the first time"):
+        absent = attend(self.ranks, "shards")
+        with _together(self.ranks, "meeting for the first time", absent):
             self._data: Any = dist.new_group(list(ranks), **given)
             self._host = self._data
             if _HOST not in str(dist.get_backend_config(self._data)):
@@ -132,15 +134,17 @@ def group_of(ranks: tuple[int, ...]) -> ShardGroup:
 
 
 @contextmanager
-def _together(ranks: Sequence[int], what: str) -> Iterator[None]:
+def _together(
+    ranks: Sequence[int], what: str, absent: Callable[[], list[int]] = list
+) -> Iterator[None]:
     """Turn what torch.distributed raises into an error that says ``what`` was under way.
 
-    And which of ``ranks`` are not there, if anybody can be asked.
+    And which of ``ranks`` are not there, if anybody can be asked, or knows who is ``absent``.
     """
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        missing = call(ranks)
+        missing = dict.fromkeys(absent(), "has not come") or call(ranks)
         who = "; ".join(f"rank {rank} {why}" for rank, why in (missing or {}).items())
         if missing is None:
             who = "which of them is missing could not be found out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from asteria.runtime.answers import Answers
 from asteria.runtime.background import BackgroundRefresher
 from asteria.runtime.choices import shortest_period
 from asteria.runtime.chunks import Update, chunks
-from asteria.runtime.consent import Consent, Vote, unanimously
+from asteria.runtime.consent import Consent
 from asteria.runtime.extents import Extent
 from asteria.runtime.foresight import Foresight
 from asteria.runtime.governor import Governor
@@ -135,19 +136,15 @@ class Engine(Judge):
         self, groups: list[dict[str, Any]], members: Callable[[], Iterable[Member]]
     ) -> Consent:
         """What lets all ranks load a state for ``groups``, or none; meets them, as `admit`."""
-        return Consent(self._vote(groups, members))
-
-    def _vote(self, groups: list[dict[str, Any]], members: Callable[[], Iterable[Member]]) -> Vote:
         self._meet(members)
-        shared = [parameter for group in groups for parameter in group["params"]]
 
         def vote(failed: bool) -> list[int]:
-            found = self._sharded.failed_ranks(shared, failed=failed)
+            found = self._sharded.failed_ranks(groups, failed=failed)
             # Who has failed is known where a mesh has told; others learn that somebody has.
             others = self._peers.failed_ranks(failed=failed or bool(found))
             return found or others
 
-        return vote
+        return Consent(vote)
 
     def agree_on_room(
         self,
@@ -155,21 +152,13 @@ class Engine(Judge):
         groups: list[dict[str, Any]],
         members: Callable[[], Iterable[Member]],
     ) -> None:
-        """Raise, on all ranks, unless each has room for new ``records`` beside what it has.
-
-        StoreFullError where there is none, else CoherenceError; nothing has changed then. Does
-        nothing for a process of its own.
-        """
-        if not (self._peers.expected or any(record.sharding is not None for record in records)):
-            return
-        vote = self._vote(groups, members)
-        here = {tile.record for extent in self._all() for tile in extent.tiles}
-        found = self._sharded.here_after(records, here)
-
-        def check() -> None:
-            check_room(found, self._residence, self._peers.elsewhere)
-
-        unanimously(check, vote, "make room for the state of new parameters")
+        """See `ShardedParameters.agree_on_room`; replicas, which need the same, send nothing."""
+        if any(record.sharding is not None for record in records):
+            self._meet(members)
+            here = {tile.record for extent in self._all() for tile in extent.tiles}
+            elsewhere, residence = self._peers.elsewhere, self._residence
+            check = partial(check_room, residence=residence, elsewhere=elsewhere)
+            self._sharded.agree_on_room(records, here, groups, check)
 
     def check_room(self, records: list[ParameterRecord]) -> None:
         """Raise StoreFullError unless there is room for the state of ``records``, if alone."""

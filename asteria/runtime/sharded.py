@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from asteria.distributed.sharded_group import ShardGroup
 from asteria.distributed.sharded_layout import is_sharded, mesh_ranks
 from asteria.distributed.sharded_traffic import ShardTraffic
+from asteria.runtime.consent import unanimously
 from asteria.runtime.owners import places
 from asteria.runtime.pieces import gathered_bytes
 from asteria.runtime.records import ParameterRecord
@@ -20,6 +22,7 @@ from asteria.telemetry.counters import Network
 __all__ = ["ShardedParameters", "Together"]
 
 Saved = Mapping[ParameterRecord, Mapping[str, Tensor]]
+Groups = Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +99,27 @@ class ShardedParameters:
         self._exact.update(arrivals, moved)
         return [*records, *moved], states
 
-    def here_after(
-        self, arrivals: Iterable[ParameterRecord], here: Iterable[ParameterRecord]
-    ) -> list[ParameterRecord]:
-        """Whose state is on this rank once ``arrivals`` have come to those that are ``here``."""
-        coming = list(arrivals)
-        exact = {*self._exact, *(record for record in coming if record.is_exact)}
+    def agree_on_room(
+        self,
+        arrivals: Collection[ParameterRecord],
+        here: Iterable[ParameterRecord],
+        groups: Groups,
+        check: Callable[[list[ParameterRecord]], None],
+    ) -> None:
+        """``check`` what this rank will have once ``arrivals`` join those that are ``here``.
+
+        Raises what it raises, and CoherenceError where it has raised on another rank; nothing has
+        changed then. Some of ``arrivals`` are sharded.
+        """
+        exact = {*self._exact, *(record for record in arrivals if record.is_exact)}
         found = places(exact)
-        staying = {record for record in (*here, *coming) if not record.is_exact}
+        staying = {record for record in (*here, *arrivals) if not record.is_exact}
         owned = {r for r in exact if r.sharding and found[r].owner == r.sharding.layout.here}
-        return _in_order(staying | owned)
+        unanimously(
+            lambda: check(_in_order(staying | owned)),
+            lambda failed: self.failed_ranks(groups, failed=failed),
+            "make room for the state of new parameters",
+        )
 
     def show(self, records: Iterable[ParameterRecord]) -> None:
         """Let the facades of sharded ones show their state."""
@@ -133,9 +147,9 @@ class ShardedParameters:
         found = self.traffic.beside(network)
         return replace(found, gathered_peak_bytes=self.wholes.peak_bytes)
 
-    def failed_ranks(self, parameters: Iterable[Tensor], *, failed: bool) -> list[int]:
-        """Which ranks have failed in what all of ``parameters``'s do, as every one tells."""
-        meshes = {mesh_ranks(p) for p in parameters if is_sharded(p)}
+    def failed_ranks(self, groups: Groups, *, failed: bool) -> list[int]:
+        """Which ranks have failed in what all do for the parameters of ``groups``, as all tell."""
+        meshes = {mesh_ranks(p) for group in groups for p in group["params"] if is_sharded(p)}
         return council_of(meshes).failed_ranks(failed=failed) if meshes else []
 
     def forget(self, records: Iterable[ParameterRecord]) -> None:

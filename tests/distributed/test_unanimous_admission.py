@@ -1,7 +1,6 @@
 """New parameters that one rank has no room for change nothing on any."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,33 +10,40 @@ from torch.distributed.fsdp import fully_shard
 
 import asteria
 from asteria import RuntimeConfig, StoreFullError
-from asteria.distributed.topology import Topology
 from asteria.errors import CoherenceError
-from tests.support.asynchronous import GROWN
+from asteria.runtime.consent import unanimously
 from tests.support.processes import gather
-from tests.support.ranks import Ranks
-from tests.support.training import Shape, assert_same_bits
-
-SHAPES: list[Shape] = [(6, 4), (5,), (7, 5)]
 
 
-def test_replicas_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
+@pytest.mark.parametrize("failing", [None, 1])
+def test_all_learn_of_one_that_fails(failing: int | None) -> None:
+    votes: list[bool] = []
+
+    def vote(failed: bool) -> list[int]:
+        votes.append(failed)
+        return [] if failing is None else [failing]
+
+    if failing is None:
+        unanimously(lambda: None, vote, "make room")
+    else:
+        with pytest.raises(CoherenceError, match="rank 1 could not make room, and says why"):
+            unanimously(lambda: None, vote, "make room")
+    assert votes == [False]
+
+
+def test_one_that_fails_tells_the_others() -> None:
+    votes: list[bool] = []
+
+    def vote(failed: bool) -> list[int]:
+        votes.append(failed)
+        raise CoherenceError("a rank is gone")
+
+    def full() -> None:
         raise StoreFullError("no room")
 
-    ranks = Ranks("SOAP", Topology.even(3, 3), shapes=SHAPES)
-    with monkeypatch.context() as patched:
-        patched.setattr(ranks.optimizers[2]._engine._residence, "check", full)
-        errors = ranks.train([0])
-    assert isinstance(errors[2], StoreFullError)
-    for error in errors[:2]:
-        assert isinstance(error, CoherenceError)
-        assert "rank 2 could not make room for the state of new parameters" in str(error)
-    assert not any(optimizer.state for optimizer in ranks.optimizers)
-    assert ranks.train(range(GROWN)) == [None] * 3
-    bits = ranks.bits()
-    for other in bits[1:]:
-        assert_same_bits(other, bits[0])
+    with pytest.raises(StoreFullError, match="no room"):
+        unanimously(full, vote, "make room")
+    assert votes == [True]
 
 
 class Layers(nn.Module):
