@@ -13,7 +13,7 @@ test: $(VENV)/.test  ## all tests, two files at a time
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 bits: $(VENV)/.test  ## what must be equal bit by bit, once more, with all math threads
-	$(BIN)/python -m pytest -k bits
+	$(BIN)/python -m pytest -k "bits and not KL" tests/contract tests/parity tests/runtime tests/distributed
 
 lint: $(VENV)/.lint  ## format, lint, types, floors
 	$(BIN)/ruff format --check .
