@@ -18,7 +18,6 @@ from torch import Tensor
 
 import asteria
 from asteria.linalg import method
-from asteria.optim.optimizer import SecondOrderOptimizer
 from benchmarks.measurement import read_stats
 from examples import train_gpt as example
 
@@ -121,17 +120,10 @@ def execute(run: Run, task: Task, corpus: Corpus, on_step: Callable[[str], None]
     iterations = run.ldlr_iterations or method.ITERATIONS
     with example.closing(optimizer), mock.patch.object(method, "ITERATIONS", iterations):
         record = _train(run, task, corpus, (model, optimizer), on_step)
-        record["state_bytes"] = _stored_bytes(optimizer)
+        record["state_bytes"] = example.state_bytes(optimizer)
         record["stats"] = read_stats(optimizer)
     record["threads"] = torch.get_num_threads()
     return record
-
-
-def _stored_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of the state, of which a state dict may show more than there is."""
-    if isinstance(optimizer, SecondOrderOptimizer):
-        return optimizer.describe().state_bytes
-    return example.state_bytes(optimizer.state_dict())
 
 
 def _train(

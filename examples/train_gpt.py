@@ -140,12 +140,12 @@ def warmup_cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def state_bytes(state: Any) -> int:
-    """Bytes of all tensors in an optimizer's ``state_dict()``."""
-    if isinstance(state, Tensor):
-        return state.nbytes
-    parts = state.values() if isinstance(state, dict) else state
-    return sum(map(state_bytes, parts)) if isinstance(state, dict | list | tuple) else 0
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state; a state dict of ours also shows what may be in flight."""
+    if hasattr(optimizer, "describe"):
+        return optimizer.describe().state_bytes
+    values = [value for entries in optimizer.state.values() for value in entries.values()]
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def load(path: Path, run: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def train(
                 curves["validation"].append([step + 1, sum(curves["step_s"]), point])
             if last:
                 curves["final"] = evaluate(model, corpus[1], context)
-                curves["state_bytes"] = state_bytes(optimizer.state_dict())
+                curves["state_bytes"] = state_bytes(optimizer)
             if last or (step + 1) % SAVE_EVERY == 0:
                 states = {name: part.state_dict() for name, part in parts.items()}
                 torch.save({"run": run, "curves": curves, **states}, f"{path}.tmp")

@@ -116,9 +116,16 @@ def test_reach_interpolates_between_points(
     assert train_gpt.reach(points, target) == (expected and pytest.approx(expected))
 
 
-def test_bytes_of_nested_state_are_summed() -> None:
-    state = {"state": {0: {"a": torch.zeros(3), "b": [torch.zeros(2, dtype=torch.bfloat16)]}}}
-    assert train_gpt.state_bytes(state | {"param_groups": [{"lr": 1.0, "params": [0]}]}) == 16
+def test_bytes_are_those_of_the_state_and_not_of_what_may_be_in_flight() -> None:
+    for make, wanted in (
+        (torch.optim.AdamW, 4 * (2 * 24 + 1)),
+        (asteria.SOAP, 4 * (2 * 24 + 2 * (6**2 + 4**2))),
+    ):
+        weight = torch.nn.Parameter(torch.ones(6, 4))
+        optimizer = make([weight])
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert train_gpt.state_bytes(optimizer) == wanted
 
 
 def test_it_trains_and_shows_a_table_and_a_plot(
