@@ -33,7 +33,7 @@ from benchmarks.rank_fault_run import KILL, MODES, PHASES, REPLICATED, SAVE_EVER
 
 RANKS, STEPS = 3, 28
 TIMEOUT_S = 4.0
-SLACK_S = 8.0
+SLACK_S = 2.0
 """What a busy machine may add to it, and the call for who is missing."""
 EXIT_S = 20.0
 """Longest end of a process that has nothing to wait for."""
@@ -118,11 +118,11 @@ def judge(
     ``wanted`` are the weights of an undisturbed run, by rank; None where these depend on how fast
     workers are, so that the ranks are compared with each other only.
     """
-    problems = []
     if outcome.hurt_s is None:
-        problems.append("nothing has happened to the victim")
+        return ["nothing has happened to the victim"]
+    problems = []
     for rank in range(plan.ranks):
-        late_s = outcome.ended_s.get(rank, 0.0) - (outcome.hurt_s or 0.0)
+        late_s = outcome.ended_s.get(rank, 0.0) - outcome.hurt_s
         error = outcome.errors.get(rank)
         if rank == plan.victim:
             continue
