@@ -143,12 +143,13 @@ class Algorithm(Protocol):
     rows_alike: bool
     """Whether the rows of a block without a factor for them can be updated one after the other."""
 
-    in_bases: bool
-    """Whether factors are kept in the coordinates of the eigenbases in use, Q^T L Q.
+    @property
+    def in_bases(self) -> bool:
+        """Whether factors are kept in the coordinates of the eigenbases in use, Q^T L Q.
 
-    Gradients, all but the first, are then given to its methods in these coordinates, too; whoever
-    installs new bases turns the factors.
-    """
+        Gradients, all but the first, are then given to its methods in these coordinates, too;
+        whoever installs new bases turns the factors.
+        """
 
     def storing(self, bases_in: torch.dtype | None, factors: Factors) -> Algorithm:
         """The same rule with eigenbases stored in this dtype, None is that of the state.

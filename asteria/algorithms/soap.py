@@ -19,6 +19,7 @@ from asteria.algorithms.algorithm import (
 from asteria.algorithms.rotated_adam import (
     moment_fields,
     project_moments_,
+    projected_update_,
     rotate_moments_,
     rotated_update_,
 )
@@ -37,11 +38,20 @@ class SOAP:
     squeezes = False
     sorts_columns = True
     rows_alike = True
-    in_bases = False
 
     def __init__(self, bases_in: torch.dtype | None = None, factors: Factors = "full") -> None:
         self.bases_in = bases_in
         self.factors: Factors = factors
+
+    @property
+    def in_bases(self) -> bool:
+        """Whether Q_k^T L_k Q_k is kept in place of every factor L_k.
+
+        With G' = G in all bases it grows by G'_(k) G'_(k)^T: the other modes' bases are orthogonal
+        and drop out, and G' is what Adam needs anyway. Bases begin at the identity, of which the
+        first gradient, and factors that have seen no more, are given.
+        """
+        return self.factors == "rotated"
 
     def storing(self, bases_in: torch.dtype | None, factors: Factors) -> Algorithm:
         """The same rule with eigenbases stored in this dtype and factors in this form."""
@@ -67,8 +77,12 @@ class SOAP:
         scratch: Pair,
         gate: Tensor | None,
     ) -> tuple[Tensor, float]:
-        """Project, advance Adam there, project back (Algorithm 3)."""
-        update = rotated_update_(state, gradient, hyper, scratch=scratch, gate=gate)
+        """Project, advance Adam there, project back (Algorithm 3).
+
+        With ``in_bases`` the gradient is projected, and overwritten.
+        """
+        update_ = projected_update_ if self.in_bases else rotated_update_
+        update = update_(state, gradient, hyper, scratch=scratch, gate=gate)
         return update, self.scale(hyper, step)
 
     def scale(self, hyper: Hyperparameters, step: int) -> float:

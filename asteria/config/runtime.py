@@ -25,18 +25,18 @@ _UNITS = {
     for unit, factor in ((f"{prefix}B", 1000**power), (f"{prefix}iB", 1024**power))
 } | {"B": 1, "": 1}
 
-# Every value that a field may take once everything is built, and those that are built today.
-_CHOICES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
-    "refresh": (("async", "sync"), ("async", "sync")),
-    "refresh_method": (("eigh", "qr", "ldlr", "auto"),) * 2,
-    "refresh_on": (("host", "device", "auto"),) * 2,
-    "install": (("scheduled", "ready"), ("scheduled", "ready")),
-    "start": (get_args(Start), get_args(Start)),
-    "state_dtype": ((torch.float32, torch.bfloat16),) * 2,
-    "factors": (get_args(Factors),) * 2,
-    "nonfinite": (get_args(Nonfinite), get_args(Nonfinite)),
-    "shards": (("exact", "local"), ("exact", "local")),
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "refresh": ("async", "sync"),
+    "refresh_method": ("eigh", "qr", "ldlr", "auto"),
+    "refresh_on": ("host", "device", "auto"),
+    "install": ("scheduled", "ready"),
+    "start": get_args(Start),
+    "state_dtype": (torch.float32, torch.bfloat16),
+    "factors": get_args(Factors),
+    "nonfinite": get_args(Nonfinite),
+    "shards": ("exact", "local"),
 }
+"""Every value that a field may take."""
 
 
 def _is_process_group(value: object) -> bool:
@@ -74,7 +74,7 @@ class RuntimeConfig:
     """How the optimizer's work is done: when bases are refreshed, and where state lives.
 
     Choosing values here changes how fresh the bases are, never the rule of the optimizer.
-    A value that this version does not support raises ConfigError at once.
+    Values that it does not know raise ConfigError at once.
     """
 
     refresh: Literal["async", "sync"] = "async"
@@ -82,8 +82,8 @@ class RuntimeConfig:
     refresh_method: Literal["eigh", "qr", "ldlr", "auto"] = "auto"
     """`"qr"`: one warm-started orthogonal iteration; `"ldlr"`: the same step from products, two
     Cholesky factorizations and a triangular solve, which accelerators are faster at (and hosts
-    slower); `"eigh"`: exact, in float64; `"auto"`: qr, and with rotated factors
-    ldlr, as this field then says.
+    slower); `"eigh"`: exact, in float64; `"auto"`: qr, and ldlr on a device
+    and of rotated factors.
     """
     refresh_on: Literal["host", "device", "auto"] = "auto"
     """Where refreshes are computed.
@@ -177,17 +177,11 @@ class RuntimeConfig:
     """Neighbouring ranks that share a node; None is found out from the launcher or the host."""
 
     def __post_init__(self) -> None:
-        for name, (known, built) in _CHOICES.items():
+        for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known:
                 options = ", ".join(repr(option) for option in known)
                 raise ConfigError(f"RuntimeConfig.{name} must be one of {options}, found {value!r}")
-            if value not in built:
-                options = ", ".join(repr(option) for option in built)
-                raise ConfigError(
-                    f"RuntimeConfig.{name}={value!r} is not available in this version: "
-                    f"use {options}"
-                )
         if (self.refresh_on, self.refresh_method) == ("device", "eigh") and self.refresh == "async":
             raise ConfigError(
                 'RuntimeConfig: refresh_on="device" with refresh_method="eigh" was asked for; '
@@ -229,20 +223,24 @@ class RuntimeConfig:
             )
 
     def _check_factors(self) -> None:
+        """Raise ConfigError for what rotated factors do not go with."""
         if self.factors != "rotated":
             return
-        if self.refresh_method == "auto":
-            object.__setattr__(self, "refresh_method", "ldlr")
-        for name, wanted, why in (
-            ("refresh_method", "ldlr", "which orthonormalizes the basis itself"),
-            ("state_dtype", torch.float32, "in which a basis is orthogonal"),
+        for name, fits, wanted, why in (
+            ("refresh_method", ("auto", "ldlr"), "ldlr", "which orthonormalizes the basis itself"),
+            ("state_dtype", (torch.float32,), torch.float32, "in which a basis is orthogonal"),
         ):
-            if getattr(self, name) != wanted:
+            if getattr(self, name) not in fits:
                 raise ConfigError(
                     f'RuntimeConfig: factors="rotated" with {name}={getattr(self, name)!r} was '
                     f"asked for; factors that turn with their basis need {wanted!r}, {why}. Use "
                     'that, or factors="full"'
                 )
+
+    @property
+    def method(self) -> Literal["eigh", "qr", "ldlr", "auto"]:
+        """``refresh_method``, or the only one that rotated factors have."""
+        return "ldlr" if self.factors == "rotated" else self.refresh_method
 
     @classmethod
     def reference(cls) -> RuntimeConfig:

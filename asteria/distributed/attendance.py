@@ -5,9 +5,11 @@ What torch.distributed says when a rank does not come to make a group names nobo
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -26,16 +28,19 @@ def attend(ranks: Sequence[int], what: str) -> Callable[[], list[int]]:
     meetings in the same order. For the training thread.
     """
     counts = _MEETINGS.setdefault(dist.group.WORLD, Counter())
-    name = f"asteria/{what}/{'-'.join(map(str, ranks))}"
+    digest = hashlib.blake2s(repr(tuple(ranks)).encode(), digest_size=8).hexdigest()
+    name = f"asteria/{what}/{digest}"
     counts[name] += 1
     name = f"{name}/{counts[name]}"
     store: Any = dist.distributed_c10d._get_default_store()
-    store.set(f"{name}/{dist.get_rank()}", "here")
+    with suppress(RuntimeError):  # whoever makes the group finds out, too
+        store.set(f"{name}/{dist.get_rank()}", "here")
 
     def absent() -> list[int]:
+        """Of ``ranks``, so far."""
         try:
             return [rank for rank in ranks if not store.check([f"{name}/{rank}"])]
-        except (RuntimeError, ValueError):
+        except RuntimeError:
             return []
 
     return absent

@@ -110,7 +110,7 @@ def _check_bases(entries: Mapping[str, Any]) -> None:
     """
     for key, value in entries.items():
         if key.startswith("basis_") and isinstance(value, Tensor) and value.is_floating_point():
-            if torch.finfo(value.dtype).eps > _COARSEST or not _is_orthogonal(value):
+            if not _is_orthogonal(value):
                 raise CheckpointError(
                     f"{key} ({value.dtype}) is not orthogonal enough for factors that are to be "
                     "converted, which takes bases that were stored in float32: load it with "
@@ -119,10 +119,10 @@ def _check_bases(entries: Mapping[str, Any]) -> None:
 
 
 def _is_orthogonal(bases: Tensor) -> bool:
-    """Whether all of (..., n, n) are; of others, and of shards, it is not for this to tell."""
-    if bases.dim() < 2 or bases.shape[-1] != bases.shape[-2] or not bases.numel():
-        return True
+    """Whether all of (..., n, n) are; other shapes are refused later. Of shards the dtype tells."""
     if is_sharded(bases):
+        return torch.finfo(bases.dtype).eps <= _COARSEST
+    if bases.dim() < 2 or bases.shape[-1] != bases.shape[-2] or not bases.numel():
         return True
     square = bases.reshape(-1, *bases.shape[-2:])
     return bool(is_orthogonal(square, bound=_COARSEST).all())

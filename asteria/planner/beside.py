@@ -36,10 +36,10 @@ def places(
     What is measured at run time (``precondition_frequency="auto"``) is taken from tables here.
     """
     kinds = _by_dims(ways)
-    if machine.shares_memory or not jobs or config.refresh_method == "eigh":
+    if machine.shares_memory or not jobs or config.method == "eigh":
         return {}
     if config.refresh_on == "device":
-        method = "ldlr" if config.refresh_method == "auto" else config.refresh_method
+        method = "ldlr" if config.method == "auto" else config.method
         return {dims: Choice("device", method) for dims in kinds}
     if config.refresh_on == "host":
         return {}

@@ -87,7 +87,7 @@ def planned_refreshes(
 ) -> Refreshes:
     """Price a round of refreshes of parameters with these ways, on ``machine``."""
     jobs, threads = refreshes_beside(config, machine)
-    method = chosen_method(config.refresh_method, start=config.start, first=False)
+    method = chosen_method(config.method, start=config.start, first=False)
     plan = places(ways, group, config, machine, jobs=jobs, threads=threads)
     known: dict[int, _Priced] = {}
     counts: Counter[int] = Counter()

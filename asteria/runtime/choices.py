@@ -54,13 +54,13 @@ def refresh_texts(
         return ()
     if config.refresh == "sync" or config.staleness == 0:
         return ("in the step",)
-    fixed = "ldlr" if config.refresh_method == "auto" else config.refresh_method
+    fixed = "ldlr" if config.method == "auto" else config.method
     plan = group.get(KEY, "")
     texts = []
     for _, shape, _ in way.extents():
         if config.refresh_on == "device":
             texts.append(f"device {fixed}")
-        elif config.refresh_on == "host" or config.refresh_method == "eigh":
+        elif config.refresh_on == "host" or config.method == "eigh":
             texts.append("host")
         else:
             choice = read_plan(plan).get(shape.dims) if is_plan_text(plan) else None
@@ -88,7 +88,7 @@ def method_aside(
         choice = choice_of(config, hyper, device, tile.plan.shape.dims)
         if choice is not None and choice.on == "device":
             found = choice.method
-    return found if config.refresh_method == "auto" or found is None else method
+    return found if config.method == "auto" or found is None else method
 
 
 def _trial_of(unit: Unit, turn: int) -> DeviceMethod | None:

@@ -8,17 +8,17 @@ one chunk that are due at the same step go through the products together.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from asteria.linalg.method import Method, method_of_kept, refreshed
-from asteria.linalg.packed import size_of, unpacked
+from asteria.linalg.packed import unpacked
 from asteria.refresh.job import Job
 from asteria.refresh.pipeline import Flight
-from asteria.runtime import extents
 from asteria.runtime.chunks import Chunk
+from asteria.runtime.extents import block_parts
 from asteria.runtime.host_refresh import Refreshed
 from asteria.runtime.pending import Pending
 from asteria.runtime.records import Tile
@@ -119,7 +119,7 @@ def _refreshed(pairs: Pairs, *, method: Method, sort: bool) -> list[Tensor]:
     flags = []
     for (factor, basis), target in zip(pairs, fresh, strict=True):
         usable = []
-        for part in _parts(factor):
+        for part in block_parts([factor]):
             # Bases may be stored in fewer bits.
             before = basis[part].to(factor.dtype)
             result = refreshed(unpacked(factor[part]), before, method=method, sort=sort)
@@ -129,10 +129,3 @@ def _refreshed(pairs: Pairs, *, method: Method, sort: bool) -> list[Tensor]:
         flags.append(torch.cat(usable))
     stacked = torch.stack(flags, dim=1)
     return [*fresh, stacked, to_host(stacked)]
-
-
-def _parts(factor: Tensor) -> Iterator[slice]:
-    """Cuts the blocks so that what is made of them stays within a chunk."""
-    step = max(1, extents.CHUNK_BYTES // (size_of(factor.shape) ** 2 * factor.element_size()))
-    for start in range(0, len(factor), step):
-        yield slice(start, start + step)

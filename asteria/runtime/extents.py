@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from asteria.algorithms.algorithm import Algorithm, BlockShape
+from asteria.linalg.packed import size_of
 from asteria.runtime.ledger import Ledger
 from asteria.runtime.records import Tile
 from asteria.store.cell import Cell, Home
@@ -18,7 +19,15 @@ from asteria.store.door import Door, acquire_all
 from asteria.store.layout import Layout, Life
 from asteria.telemetry.phases import phase
 
-__all__ = ["CHUNK_BYTES", "EXTENT_BYTES", "Extent", "ExtentKey", "cut_blocks", "layouts"]
+__all__ = [
+    "CHUNK_BYTES",
+    "EXTENT_BYTES",
+    "Extent",
+    "ExtentKey",
+    "block_parts",
+    "cut_blocks",
+    "layouts",
+]
 
 CHUNK_BYTES = 32 * 1024**2
 """Size of one temporary tensor. A step uses three, or three single tiles where one is larger."""
@@ -48,6 +57,19 @@ class ExtentKey(NamedTuple):
         elements = max(1, math.prod(self.shape.dims))
         numbers = sum(math.prod(spec.shape) for spec in self.rule.fields(self.shape))
         return max(1, min(CHUNK_BYTES // elements, EXTENT_BYTES // max(1, numbers)) // itemsize)
+
+
+def block_parts(matrices: Iterable[Tensor]) -> Iterator[slice]:
+    """Cuts stacked factors or bases so that what is made of the largest of them fits a chunk.
+
+    Shapes: (b, n, n) each, or halves of these. Nothing where there are no matrices.
+    """
+    given = list(matrices)
+    if given:
+        largest = max(size_of(matrix.shape) ** 2 * matrix.element_size() for matrix in given)
+        step = max(1, CHUNK_BYTES // largest)
+        for start in range(0, len(given[0]), step):
+            yield slice(start, start + step)
 
 
 def cut_blocks(parts: Sequence[tuple[T, int]], most_blocks: int) -> Iterator[list[T]]:

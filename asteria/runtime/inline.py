@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +12,10 @@ from asteria.config.runtime import RuntimeConfig
 from asteria.linalg.eigenbasis import eigh_basis
 from asteria.linalg.method import Method, method_of_kept, refreshed
 from asteria.linalg.modes import replace_
-from asteria.linalg.packed import size_of, unpacked
+from asteria.linalg.packed import unpacked
 from asteria.linalg.verified import Failures, verified_refresh
 from asteria.runtime.chunks import Chunk
-from asteria.runtime.extents import CHUNK_BYTES
+from asteria.runtime.extents import block_parts
 from asteria.runtime.narrow import as_stored, widened
 from asteria.runtime.records import Tile
 from asteria.runtime.reports import Report
@@ -25,7 +24,7 @@ from asteria.runtime.units import Units, unit_of
 from asteria.runtime.verdicts import Verdicts
 from asteria.telemetry.counters import Counters
 
-__all__ = ["InlineRefresher", "block_parts"]
+__all__ = ["InlineRefresher", "factors_of"]
 
 
 class InlineRefresher:
@@ -50,7 +49,7 @@ class InlineRefresher:
                 basis.copy_(torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device))
                 continue
             on_host = self._is_on_host(factor)
-            for blocks in block_parts(state):
+            for blocks in block_parts(factors_of(state)):
                 part = factor[blocks].cpu() if on_host else factor[blocks]
                 fresh = eigh_basis(unpacked(part))
                 basis[blocks].copy_(fresh.basis)
@@ -82,7 +81,7 @@ class InlineRefresher:
         method = method_of_kept(method, in_bases=rule.in_bases)
         modes = range(len(chunk.extent.shape.dims))
         found = _Found()
-        for blocks in block_parts(state):
+        for blocks in block_parts(factors_of(state)):
             stored = {name: tensor[blocks] for name, tensor in state.items()}
             part = widened(stored, chunk.extent.dtype)
             fresh: list[Tensor | None] = [None for _ in modes]
@@ -167,11 +166,6 @@ def _reasons(chunk: Chunk, tile: Tile, failures: list[Failures]) -> list[str]:
     return [reason for found in failures for block, reason in found.kept.items() if block in blocks]
 
 
-def block_parts(state: BlockState) -> Iterator[slice]:
-    """Cuts the blocks so that what is made of their largest factors stays within a chunk."""
-    factors = [tensor for name, tensor in state.items() if name.startswith("factor_")]
-    if factors:
-        largest = max(size_of(factor.shape) ** 2 * factor.element_size() for factor in factors)
-        step = max(1, CHUNK_BYTES // largest)
-        for start in range(0, len(factors[0]), step):
-            yield slice(start, start + step)
+def factors_of(state: BlockState) -> list[Tensor]:
+    """Of all modes, as they are stored."""
+    return [tensor for name, tensor in state.items() if name.startswith("factor_")]

@@ -220,4 +220,4 @@ class Launcher:
 
     def _method(self, tile: Tile) -> Method:
         config, first = self._config, self._latest(unit_of(tile)) <= tile.record.born
-        return chosen_method(config.refresh_method, start=config.start, first=first)
+        return chosen_method(config.method, start=config.start, first=first)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from asteria.algorithms.algorithm import Algorithm, BlockState
 from asteria.algorithms.soap import SOAP
-from asteria.algorithms.turned_soap import TurnedSOAP
 from asteria.config.runtime import RuntimeConfig
 from asteria.errors import ConfigError
 from asteria.linalg.scratch import Scratch
@@ -20,13 +19,11 @@ def rule_for(rule: Algorithm, config: RuntimeConfig) -> Algorithm:
 
     Raises ConfigError if it cannot be.
     """
-    if config.factors == "rotated" and not rule.in_bases:
-        if not isinstance(rule, SOAP):
-            raise ConfigError(
-                f'RuntimeConfig.factors="rotated" was asked for with {rule.name}, whose factors '
-                'take in more than projected gradients; use factors="full", or SOAP'
-            )
-        rule = TurnedSOAP()
+    if config.factors == "rotated" and not isinstance(rule, SOAP):
+        raise ConfigError(
+            f'RuntimeConfig.factors="rotated" was asked for with {rule.name}, whose factors '
+            'take in more than projected gradients; use factors="full", or SOAP'
+        )
     narrow = None if config.state_dtype == torch.float32 else config.state_dtype
     asked = narrow, config.factors
     return rule if asked == (rule.bases_in, rule.factors) else rule.storing(*asked)

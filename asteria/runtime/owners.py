@@ -13,7 +13,6 @@ from typing import NamedTuple
 from asteria.distributed.ownership import Load, assign
 from asteria.runtime.extents import ExtentKey, cut_blocks
 from asteria.runtime.records import ParameterRecord, state_dtype
-from asteria.runtime.sharding import Sharding
 
 __all__ = ["Place", "places"]
 
@@ -35,7 +34,7 @@ def places(records: Iterable[ParameterRecord]) -> dict[ParameterRecord, Place]:
     """
     meshes: dict[tuple[int, ...], list[ParameterRecord]] = {}
     for record in sorted(records, key=lambda record: record.index):
-        meshes.setdefault(_sharding(record).layout.ranks, []).append(record)
+        meshes.setdefault(record.as_sharded.layout.ranks, []).append(record)
     found: dict[ParameterRecord, Place] = {}
     for ranks, members in meshes.items():
         cuts = _extents(members)
@@ -45,12 +44,6 @@ def places(records: Iterable[ParameterRecord]) -> dict[ParameterRecord, Place]:
             for record in bundle:
                 found[record] = Place(owner, tuple(cuts[record]))
     return found
-
-
-def _sharding(record: ParameterRecord) -> Sharding:
-    if record.sharding is None:
-        raise RuntimeError(f"{record.name} is not sharded")
-    return record.sharding
 
 
 def _extents(records: Sequence[ParameterRecord]) -> dict[ParameterRecord, list[tuple[int, int]]]:

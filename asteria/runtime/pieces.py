@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from asteria.runtime.records import ParameterRecord, state_dtype
-from asteria.runtime.sharding import Sharding
 
 __all__ = ["MESSAGE_BYTES", "by_mesh", "gathered_bytes", "pieces"]
 
@@ -25,14 +24,8 @@ def by_mesh(records: Iterable[ParameterRecord]) -> list[list[ParameterRecord]]:
     """Those that are stepped as wholes by the ranks that share them, in order: the same on all."""
     meshes: dict[tuple[int, ...], list[ParameterRecord]] = {}
     for record in sorted((r for r in records if r.is_exact), key=lambda record: record.index):
-        meshes.setdefault(_of(record).layout.ranks, []).append(record)
+        meshes.setdefault(record.as_sharded.layout.ranks, []).append(record)
     return list(meshes.values())
-
-
-def _of(record: ParameterRecord) -> Sharding:
-    if record.sharding is None:
-        raise RuntimeError(f"{record.name} is not sharded")
-    return record.sharding
 
 
 def _itemsize(record: ParameterRecord) -> int:
@@ -50,7 +43,7 @@ def pieces(members: Sequence[ParameterRecord], most_bytes: int) -> list[list[Par
     owned: Counter[int] = Counter()
     shards = 0
     for record in members:
-        sharding, itemsize = _of(record), _itemsize(record)
+        sharding, itemsize = record.as_sharded, _itemsize(record)
         whole = itemsize * sharding.copies * math.prod(record.shape)
         shard = itemsize * sharding.largest_part
         full = max(owned[sharding.owner] + whole, shards + shard) > most_bytes
@@ -76,7 +69,9 @@ def gathered_bytes(records: Iterable[ParameterRecord], most_bytes: int) -> int:
                 gradient, update = record.parameter.dtype, state_dtype(record.parameter)
                 whole += math.prod(record.shape) * (gradient.itemsize + update.itemsize)
         for piece in pieces(members, most_bytes):
-            own = [_itemsize(r) * _of(r).copies * math.prod(r.shape) for r in piece if r.is_here]
-            shards = [_itemsize(r) * _of(r).largest_part for r in piece]
+            own = [
+                _itemsize(r) * r.as_sharded.copies * math.prod(r.shape) for r in piece if r.is_here
+            ]
+            shards = [_itemsize(r) * r.as_sharded.largest_part for r in piece]
             messages = max(messages, sum(own) + sum(shards))
     return whole + messages

@@ -54,9 +54,9 @@ def _memory_bytes(device: torch.device) -> int | None:
 
 def _methods_of(config: RuntimeConfig) -> tuple[DeviceMethod, ...]:
     """What the device may use beside the training; eigensolvers would make the host wait."""
-    if config.refresh_method == "auto":
+    if config.method == "auto":
         return "ldlr", "qr"
-    return () if config.refresh_method == "eigh" else (config.refresh_method,)
+    return () if config.method == "eigh" else (config.method,)
 
 
 def modelled_kind(
@@ -72,7 +72,7 @@ def modelled_kind(
     tiles = list(plans)
     sizes = tiles[0].shape.factor_sizes()
     blocks = sum(tile.blocks for tile in tiles) / len(tiles)
-    host_method: DeviceMethod = "ldlr" if config.refresh_method == "ldlr" else "qr"
+    host_method: DeviceMethod = "ldlr" if config.method == "ldlr" else "qr"
     working_bytes = 4 * _WORKING_COPIES * max(sizes) ** 2
     fits = memory_bytes is None or working_bytes <= _WORKING_SHARE * memory_bytes
     return Kind(

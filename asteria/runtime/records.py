@@ -207,6 +207,13 @@ class ParameterRecord(_Referable):
         return self.sharding is None or self.sharding.is_here
 
     @property
+    def as_sharded(self) -> Sharding:
+        """How it is sharded, where nothing else comes."""
+        if self.sharding is None:
+            raise RuntimeError(f"{self.name} is not sharded")
+        return self.sharding
+
+    @property
     def is_exact(self) -> bool:
         """Whether it is sharded, and stepped as a whole by its owner."""
         return self.sharding is not None and self.sharding.exact

@@ -23,7 +23,6 @@ from asteria.distributed.sharded_layout import is_sharded
 from asteria.runtime.entries import Entries
 from asteria.runtime.records import ParameterRecord, Route, state_dtype
 from asteria.runtime.shadows import shadow_shapes
-from asteria.runtime.sharding import Sharding
 
 __all__ = ["alike", "handed_over", "saved_whole", "show_shards", "stepped_state"]
 
@@ -41,7 +40,7 @@ def show_shards(record: ParameterRecord) -> None:
 
     What is in flight only its owner, or the rank with the shard, shows: it has no fixed shape.
     """
-    sharding = _sharding(record)
+    sharding = record.as_sharded
     facade = record.facade if record.facade is not None else Entries()
     record.facade = facade
     facade.clear()
@@ -53,12 +52,6 @@ def show_shards(record: ParameterRecord) -> None:
     for key in record.in_flight if sharding.is_here else ():
         name = key if sharding.exact else _local_key(record, key)
         record.entries.lend(key, facade, name)
-
-
-def _sharding(record: ParameterRecord) -> Sharding:
-    if record.sharding is None:
-        raise RuntimeError(f"{record.name} is not sharded")
-    return record.sharding
 
 
 def _whole_reader(record: ParameterRecord, key: str) -> Callable[[], Tensor]:
@@ -77,7 +70,7 @@ def _spread(record: ParameterRecord, key: str) -> Tensor:
     """One tensor of the owner's state to all ranks, which call this together."""
     if key in _COUNTERS:
         return record.entries[key]
-    sharding = _sharding(record)
+    sharding = record.as_sharded
     layout, owner = sharding.layout, sharding.owner
     whole = record.entries[key] if sharding.is_here else None
     shape = record.route.entry_shapes(record.shape)[key]
@@ -104,7 +97,7 @@ def _send(
     record: ParameterRecord, kinds: Sequence[Kind], parcels: Sequence[Parcel], what: str
 ) -> Transit:
     """Parts of one parameter's state, counted as such."""
-    sharding = _sharding(record)
+    sharding = record.as_sharded
     group, traffic = group_of(sharding.layout.ranks), sharding.traffic
     tally = None if traffic is None else traffic.tally(group, "state")
     return group.exchange.send(kinds, parcels, what, tally)
@@ -115,7 +108,7 @@ def handed_over(record: ParameterRecord, owner: int) -> dict[str, Tensor]:
 
     All ranks call this together, while the old owner still has it.
     """
-    sharding = _sharding(record)
+    sharding = record.as_sharded
     layout, source = sharding.layout, sharding.owner
     entries, group = record.entries, group_of(layout.ranks)
     keys = [*record.route.entry_shapes(record.shape), *shadow_shapes(record.route, 1)]
@@ -146,7 +139,7 @@ def saved_whole(record: ParameterRecord, saved: Mapping[str, Tensor]) -> dict[st
 
     All ranks call this together.
     """
-    sharding = _sharding(record)
+    sharding = record.as_sharded
     layout, owner = sharding.layout, sharding.owner
     found: dict[str, Tensor] = {}
     parcels: list[Parcel] = []
@@ -191,7 +184,7 @@ def alike(routes: Mapping[torch.Size, Route]) -> frozenset[str]:
 
 def _local_key(record: ParameterRecord, key: str) -> str:
     """Under which a shard's own tensor is shown."""
-    sharding = _sharding(record)
+    sharding = record.as_sharded
     if key in sharding.alike:
         return key
     layout = sharding.layout
@@ -205,7 +198,7 @@ def _local_reader(record: ParameterRecord, key: str) -> Callable[[], Tensor]:
         record = whose()
         if record is None:
             raise RuntimeError(f"{key} was asked for, and its optimizer is gone")
-        value, sharding = record.entries[key], _sharding(record)
+        value, sharding = record.entries[key], record.as_sharded
         layout = sharding.layout
         shown = key in sharding.alike and key != "step"
         return layout.show(value, layout.shape) if shown else value

@@ -24,8 +24,9 @@ from asteria.linalg.verified import Failures, VerifiedBasis, verified_refresh
 from asteria.refresh.job import Job
 from asteria.refresh.pipeline import Flight, name_of
 from asteria.runtime.chunks import Chunk
+from asteria.runtime.extents import block_parts
 from asteria.runtime.host_refresh import Refreshed
-from asteria.runtime.inline import block_parts
+from asteria.runtime.inline import factors_of
 from asteria.runtime.records import ParameterRecord, Tile
 from asteria.runtime.results import Exchange
 from asteria.runtime.transfer import HostLink, in_memory
@@ -112,7 +113,7 @@ class SharedRefresher:
                 bases.append(None)
                 continue
             factor, basis, found, made = fields[f"factor_{mode}"], fields[f"basis_{mode}"], [], []
-            for part in block_parts(fields):
+            for part in block_parts(factors_of(fields)):
                 outcome = self._made(factor[part], basis[part], method, extent.rule.sorts_columns)
                 found.append(outcome.failures.moved(part.start))
                 made.append(outcome.basis)

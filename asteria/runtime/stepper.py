@@ -246,7 +246,7 @@ class Stepper:
         start = self._clock()
         first = all(t.record.versions[t.plan.ordinal] <= t.record.born for t in chunk.tiles)
         config = self._config
-        method = chosen_method(config.refresh_method, start=config.start, first=first)
+        method = chosen_method(config.method, start=config.start, first=first)
         gate = gate_on(gate, chunk.extent.device, chunk.extent.dtype)
         bound = _bound(self._config.start, chunk.hyper)
         self._inside.refresh_(chunk, self._updater.pair, gate, method=method, bound=bound)

@@ -8,15 +8,15 @@ computed the new one, so that all ways to a basis, and all ranks, come to the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from asteria.algorithms.algorithm import Algorithm, BlockState, Pair, bases
 from asteria.linalg.modes import replace_
 from asteria.linalg.rotated import conjugated, in_basis, out_of_basis, turn
-from asteria.runtime import extents, rows
-from asteria.runtime.extents import Extent
+from asteria.runtime import rows
+from asteria.runtime.extents import Extent, block_parts
 from asteria.runtime.records import Tile
 from asteria.store.layout import Life
 
@@ -67,7 +67,7 @@ def rotate_(
     if not rule.in_bases:
         rows.rotate_(rule, state, fresh, scratch=scratch, gate=gate, bound=bound)
         return
-    for blocks in _parts(fresh):
+    for blocks in block_parts(basis for basis in fresh if basis is not None):
         own = {name: field[blocks] for name, field in state.items()}
         near = gate if gate is None or gate.dim() == 0 else gate[blocks]
         turns = [
@@ -85,15 +85,6 @@ def rotate_(
                 replace_(factor, conjugated(factor, by), wide)
 
 
-def _parts(fresh: Sequence[Tensor | None]) -> Iterator[slice]:
-    """Cuts the blocks so that what is made of their largest factors stays within a chunk."""
-    found = [basis for basis in fresh if basis is not None]
-    largest = max(basis[0].numel() * basis.element_size() for basis in found)
-    step = max(1, extents.CHUNK_BYTES // largest)
-    for start in range(0, len(found[0]), step):
-        yield slice(start, start + step)
-
-
 def recoordinated_(
     values: Mapping[str, Tensor], given: Mapping[str, Tensor], *, in_bases: bool
 ) -> None:
@@ -104,6 +95,6 @@ def recoordinated_(
     change = in_basis if in_bases else out_of_basis
     for name, factor in values.items():
         basis = given["basis_" + name.removeprefix(_FACTOR)]
-        for blocks in _parts([factor]):
+        for blocks in block_parts([factor]):
             own = basis[blocks].to(factor.device, factor.dtype)
             factor[blocks].copy_(change(factor[blocks], own))

@@ -16,7 +16,6 @@ from asteria.errors import CoherenceError
 from asteria.runtime.chunks import Update
 from asteria.runtime.pieces import MESSAGE_BYTES, by_mesh, pieces
 from asteria.runtime.records import ParameterRecord, state_dtype
-from asteria.runtime.sharding import Sharding
 from asteria.runtime.updater import scale_of
 from asteria.runtime.weights import apply_shards_
 
@@ -124,7 +123,7 @@ class Wholes:
         """The gradients of some parameters of one mesh to their owners."""
         sent = [(record, *given) for record in members for given in _gradient_parcels(record)]
         kinds = [_gradient_kind(record) for record in members]
-        group = group_of(_of(members[0]).layout.ranks)
+        group = group_of(members[0].as_sharded.layout.ranks)
         transit = group.exchange.send(
             kinds,
             [parcel for _, _, parcel in sent],
@@ -136,13 +135,13 @@ class Wholes:
         self._note(transit)
         for place, part in transit.wait().items():
             record, source, _ = sent[place]
-            sharding = _of(record)
+            sharding = record.as_sharded
             if sharding.gradient is not None:
                 sharding.gradient[sharding.layout.boxes[source]].copy_(part)
 
     def _make_room(self, record: ParameterRecord) -> None:
         """For the whole gradient and update of a parameter, at its owner."""
-        sharding = _of(record)
+        sharding = record.as_sharded
         if not sharding.is_here:
             return
         before = _held_bytes(record)
@@ -164,7 +163,7 @@ class Wholes:
         moving = [record for record in members if self._scales[record] is not None]
         sent = [(record, parcel) for record in moving for parcel in _change_parcels(record)]
         kinds = [(state_dtype(record.parameter), record.device) for record in moving]
-        group = group_of(_of(members[0]).layout.ranks)
+        group = group_of(members[0].as_sharded.layout.ranks)
         transit = group.exchange.send(
             kinds,
             [parcel for _, parcel in sent],
@@ -182,7 +181,7 @@ class Wholes:
         for record in members:
             del self._scales[record]
             before = _held_bytes(record)
-            _of(record).change = None
+            record.as_sharded.change = None
             self._held_bytes += _held_bytes(record) - before
 
     def forget(self, records: Iterable[ParameterRecord]) -> None:
@@ -199,15 +198,9 @@ def _forget_gradients(updates: Updates) -> None:
             record.sharding.gradient = record.sharding.local_gradient = None
 
 
-def _of(record: ParameterRecord) -> Sharding:
-    if record.sharding is None:
-        raise RuntimeError(f"{record.name} is not sharded")
-    return record.sharding
-
-
 def _held_bytes(record: ParameterRecord) -> int:
     """Of the whole gradient and update, as far as they are here."""
-    sharding = _of(record)
+    sharding = record.as_sharded
     return sum(t.nbytes for t in (sharding.gradient, sharding.change) if t is not None)
 
 
@@ -218,7 +211,7 @@ def _named(members: Sequence[ParameterRecord]) -> str:
 
 
 def _gradient_kind(record: ParameterRecord) -> Kind:
-    gradient = _of(record).local_gradient
+    gradient = record.as_sharded.local_gradient
     if gradient is None:
         raise RuntimeError(f"the gradient of {record.name} vanished during the step")
     return gradient.dtype, gradient.device
@@ -226,7 +219,7 @@ def _gradient_kind(record: ParameterRecord) -> Kind:
 
 def _gradient_parcels(record: ParameterRecord) -> list[tuple[int, Parcel]]:
     """Shards of one replica, the owner's, to the owner; with the position of the sender."""
-    sharding, kind = _of(record), _gradient_kind(record)
+    sharding, kind = record.as_sharded, _gradient_kind(record)
     layout, owner = sharding.layout, sharding.owner
     sources = [
         position
@@ -243,7 +236,7 @@ def _gradient_parcels(record: ParameterRecord) -> list[tuple[int, Parcel]]:
 
 def _change_parcels(record: ParameterRecord) -> list[Parcel]:
     """The update from the owner to all ranks, each its box."""
-    sharding = _of(record)
+    sharding = record.as_sharded
     layout, owner, change = sharding.layout, sharding.owner, sharding.change
     kind = state_dtype(record.parameter), record.device
     targets = range(len(layout.ranks)) if owner == layout.here else [layout.here]

@@ -15,7 +15,7 @@ from asteria.store.lane import Lane, Marker
 from asteria.store.tier import Lease, Tier
 from asteria.telemetry.counters import Traffic
 
-__all__ = ["Courier", "DeviceCourier", "HostCourier", "OpenTier", "finish_reading", "written"]
+__all__ = ["Courier", "DeviceCourier", "HostCourier", "OpenTier"]
 
 OpenTier = Callable[[], Tier]
 """Gives the NVMe tier, which is opened when it is first needed."""
@@ -87,7 +87,7 @@ class HostCourier:
 
     def arrive(self, cell: Cell) -> None:
         """See `Courier`."""
-        finish_reading(cell)
+        _finish_reading(cell)
 
     def send(self, cell: Cell) -> None:
         """See `Courier`."""
@@ -99,7 +99,7 @@ class HostCourier:
 
     def sent(self, cell: Cell, *, wait: bool) -> bool:
         """See `Courier`."""
-        return written(cell, wait=wait)
+        return _written(cell, wait=wait)
 
     def give_way(self, cell: Cell) -> bool:
         """See `Courier`. The disk is the host's."""
@@ -155,7 +155,7 @@ class DeviceCourier:
             self._read_and_upload(cell)
 
     def _read_and_upload(self, cell: Cell) -> None:
-        if finish_reading(cell) and cell.far is not None:
+        if _finish_reading(cell) and cell.far is not None:
             self._upload(cell, cell.far)
 
     def arrive(self, cell: Cell) -> None:
@@ -194,7 +194,7 @@ class DeviceCourier:
         if cell.home is not Home.NVME:
             cell.lease = None
             return True
-        if not written(cell, wait=wait):
+        if not _written(cell, wait=wait):
             return False
         if cell.far is not None:
             self._host.give(cell.far)
@@ -247,7 +247,7 @@ class DeviceCourier:
         return self._host.take(nbytes)
 
 
-def finish_reading(cell: Cell) -> bool:
+def _finish_reading(cell: Cell) -> bool:
     """Wait for the read under way; False if there is none.
 
     An interrupt leaves it under way: nobody must take the memory for filled, or for free.
@@ -263,7 +263,7 @@ def finish_reading(cell: Cell) -> bool:
     return True
 
 
-def written(cell: Cell, *, wait: bool) -> bool:
+def _written(cell: Cell, *, wait: bool) -> bool:
     """Whether the write under way has ended; what it wrote takes the place of what was there."""
     writing = cell.writing
     if writing is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from asteria.store.buffers import Buffers, device_memory, pinned_memory
 from asteria.store.cell import Cell
-from asteria.store.courier import Courier, OpenTier, finish_reading, written
+from asteria.store.courier import Courier, HostCourier, OpenTier
 from asteria.store.lane import Lane
 from asteria.store.tier import Lease, Tier
 from asteria.telemetry.counters import Traffic
@@ -24,8 +24,8 @@ from asteria.telemetry.counters import Traffic
 __all__ = ["UnifiedCourier", "host_face", "shared_way", "unified_memory"]
 
 
-class UnifiedCourier:
-    """One way, to NVMe and back, in the order of the device's work."""
+class UnifiedCourier(HostCourier):
+    """The same way, to NVMe and back, in the order of the device's work."""
 
     def __init__(
         self,
@@ -35,10 +35,9 @@ class UnifiedCourier:
         face: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """``face`` gives the host's view of memory near the device, by default `host_face`."""
+        super().__init__(tier, traffic)
         self._make_lane = lane
         self._lane: Lane | None = None
-        self._tier = tier
-        self._traffic = traffic
         self._face = face or host_face
 
     def fetch(self, cell: Cell) -> None:
@@ -65,7 +64,7 @@ class UnifiedCourier:
         if cell.moving is not None:
             cell.moving.synchronize()
             self._read(cell)
-        finish_reading(cell)
+        super().arrive(cell)
 
     def send(self, cell: Cell) -> None:
         """See `Courier`. What the device computes next may not change the memory."""
@@ -86,24 +85,7 @@ class UnifiedCourier:
                 raise RuntimeError("a cell was written that has no memory")
             cell.writing = Lease(tier, tier.put(self._face(near)))
             self._traffic.written_bytes += cell.nbytes
-        return written(cell, wait=wait)
-
-    def give_way(self, cell: Cell) -> bool:
-        """See `Courier`. The disk is the host's."""
-        return False
-
-    def settle(self, cell: Cell) -> None:
-        """See `Courier`."""
-
-    def leave(self, cell: Cell) -> None:
-        """See `Courier`."""
-
-    def forget(self, cell: Cell) -> None:
-        """See `Courier`."""
-        cell.lease = None
-
-    def rest(self) -> None:
-        """See `Courier`."""
+        return super().sent(cell, wait=wait)
 
     def _here(self) -> Lane:
         if self._lane is None:

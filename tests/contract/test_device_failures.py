@@ -187,7 +187,7 @@ def nothing_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_inside_the_step_failures_are_told_by_block(
     chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inline, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(extents, "CHUNK_BYTES", chunk_bytes)
     spoiler = Spoiler(monkeypatch, inline)
     optimizer = build("SOAP", RuntimeConfig(refresh="sync", start="eigh"), [(4, 4)] * 5)
     train(optimizer, range(PERIOD))

@@ -125,7 +125,7 @@ def test_temporary_memory_stays_within_a_chunk(monkeypatch: pytest.MonkeyPatch) 
     """What is due together goes through the products in parts, with the same results."""
     finals = []
     for chunk_bytes in (extents.CHUNK_BYTES, 128):
-        monkeypatch.setattr(device_refresh.extents, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(extents, "CHUNK_BYTES", chunk_bytes)
         stacks: list[int] = []
 
         def counted(

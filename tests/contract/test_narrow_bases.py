@@ -11,7 +11,7 @@ import asteria
 from asteria import RuntimeConfig
 from asteria.optim.optimizer import SecondOrderOptimizer
 from tests.support.arms import OPTIMIZERS, over_optimizers
-from tests.support.asynchronous import GROWN, SHAPES, build
+from tests.support.asynchronous import GROWN, SHAPES, build, params_of
 from tests.support.training import (
     assert_same_bits,
     clones,
@@ -38,10 +38,6 @@ def trained(name: str, runtime: RuntimeConfig, steps: int = GROWN + 6) -> Second
         train(optimizer, range(steps))
         optimizer.state_dict()
     return optimizer
-
-
-def params_of(optimizer: SecondOrderOptimizer) -> list[Tensor]:
-    return list(optimizer.param_groups[0]["params"])
 
 
 @over_runtimes

@@ -21,11 +21,11 @@ import asteria
 from asteria import RuntimeConfig
 from asteria.linalg.packed import packed_shape
 from asteria.optim.optimizer import SecondOrderOptimizer
-from asteria.runtime import device_refresh, host_refresh, inline
+from asteria.runtime import device_refresh, extents, host_refresh, inline
 from asteria.store.distant import Distant
 from asteria.store.layout import Life
 from tests.support.arms import OPTIMIZERS, over_optimizers
-from tests.support.asynchronous import GROWN, SHAPES, build
+from tests.support.asynchronous import GROWN, SHAPES, build, params_of
 from tests.support.sides import ALIKE, DeferredSide, on_device, on_host
 from tests.support.tiers import ARRANGEMENTS, arranged
 from tests.support.training import (
@@ -59,10 +59,6 @@ def trained(name: str, runtime: RuntimeConfig, **options: Any) -> SecondOrderOpt
         train(optimizer, range(SAVED))
         optimizer.state_dict()
     return optimizer
-
-
-def params_of(optimizer: SecondOrderOptimizer) -> list[Any]:
-    return list(optimizer.param_groups[0]["params"])
 
 
 def twin_of(optimizer: SecondOrderOptimizer, runtime: RuntimeConfig) -> SecondOrderOptimizer:
@@ -201,7 +197,7 @@ def test_factors_are_unpacked_for_few_blocks_at_a_time(monkeypatch: pytest.Monke
         return real(factor, *given, **options)
 
     monkeypatch.setattr(inline, "verified_refresh", listening)
-    monkeypatch.setattr(inline, "CHUNK_BYTES", 2 * 4 * 6 * 6)
+    monkeypatch.setattr(extents, "CHUNK_BYTES", 2 * 4 * 6 * 6)
     optimizer = build("SOAP", RUNTIMES["sync"], shapes=[(6, 6)] * 5)
     train(optimizer, range(3))
     assert set(sizes) == {2 * 4 * 6 * 6, 4 * 6 * 6}
@@ -216,7 +212,7 @@ def test_so_are_those_of_refreshes_on_a_device(monkeypatch: pytest.MonkeyPatch) 
         return real(factor, *given, **options)
 
     monkeypatch.setattr(device_refresh, "refreshed", listening)
-    monkeypatch.setattr(device_refresh.extents, "CHUNK_BYTES", 2 * 4 * 8 * 8)
+    monkeypatch.setattr(extents, "CHUNK_BYTES", 2 * 4 * 8 * 8)
     optimizer = on_device("SOAP", DeferredSide(), [(8, 2)] * 5, 1, start="eigh", **PACKED)
     train(optimizer, range(4))
     assert max(sizes) == 2 * 4 * 8 * 8

@@ -213,7 +213,6 @@ UNKNOWN_RUNTIME: dict[str, list[Any]] = {
     "process_group": ["world", 3],
     "node_size": [0, "two"],
 }
-NOT_BUILT_YET: dict[str, Any] = {}
 
 
 def test_runtime_values_that_are_unknown() -> None:
@@ -223,12 +222,6 @@ def test_runtime_values_that_are_unknown() -> None:
         for value in values:
             with pytest.raises(ConfigError, match=rf"RuntimeConfig\.{name}\b"):
                 RuntimeConfig(**{name: value})
-
-
-def test_runtime_values_that_are_not_built_yet() -> None:
-    for name, value in NOT_BUILT_YET.items():
-        with pytest.raises(ConfigError, match=rf"RuntimeConfig\.{name}\b.*not available"):
-            RuntimeConfig(**{name: value})
 
 
 def test_runtime_is_frozen_and_compares_by_value() -> None:

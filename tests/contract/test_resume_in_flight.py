@@ -12,7 +12,7 @@ import torch
 from asteria import CheckpointError, RuntimeConfig
 from asteria.optim.optimizer import SecondOrderOptimizer
 from tests.support.arms import OPTIMIZERS, PERIOD, over_optimizers
-from tests.support.asynchronous import GROWN, build, flying, manual
+from tests.support.asynchronous import GROWN, build, flying, manual, params_of
 from tests.support.training import (
     Bits,
     Shape,
@@ -34,11 +34,6 @@ State = dict[int, dict[str, Any]]
 
 def run_of(name: str, staleness: int = 2) -> SecondOrderOptimizer:
     return build(name, RuntimeConfig(staleness=staleness), SHAPES, **TILES)
-
-
-def params_of(optimizer: SecondOrderOptimizer) -> list[torch.nn.Parameter]:
-    params: list[torch.nn.Parameter] = optimizer.param_groups[0]["params"]
-    return params
 
 
 def saved_and_loaded(optimizer: SecondOrderOptimizer) -> SecondOrderOptimizer:

@@ -15,7 +15,7 @@ import asteria
 from asteria import CheckpointError, RuntimeConfig
 from asteria.optim.optimizer import SecondOrderOptimizer
 from tests.support.arms import PERIOD
-from tests.support.asynchronous import GROWN, build, flying
+from tests.support.asynchronous import GROWN, build, flying, params_of
 from tests.support.tiers import ARRANGEMENTS, arranged, limit_extents
 from tests.support.training import (
     Bits,
@@ -35,11 +35,6 @@ PACKED: dict[str, Any] = {**FULL, "factors": "packed"}
 SHAPES: list[Shape] = [(7, 4), (5,), (4, 4), (3, 2, 4)]
 TILES: dict[str, Any] = {"max_precond_dim": 4, "large_dims": "blocks"}
 """The first parameter consists of two tiles of different shape."""
-
-
-def params_of(optimizer: SecondOrderOptimizer) -> list[torch.nn.Parameter]:
-    params: list[torch.nn.Parameter] = optimizer.param_groups[0]["params"]
-    return params
 
 
 def run_of(period: int = PERIOD, **runtime: Any) -> SecondOrderOptimizer:

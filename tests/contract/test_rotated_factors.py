@@ -1,6 +1,7 @@
 """``factors="rotated"``: the run of full factors and LDLR, with Q^T L Q in place of every L."""
 
 import contextlib
+import dataclasses
 import random
 import warnings
 from collections.abc import Iterator
@@ -16,10 +17,10 @@ from asteria import ConfigError, RuntimeConfig
 from asteria.linalg import method as methods
 from asteria.linalg.eigenbasis import BasisResult
 from asteria.optim.optimizer import SecondOrderOptimizer
-from asteria.runtime import extents, inline, turning
+from asteria.runtime import extents, turning
 from tests.linalg.matrices import defect
 from tests.support.arms import PERIOD
-from tests.support.asynchronous import GROWN, build, manual
+from tests.support.asynchronous import GROWN, build, manual, params_of
 from tests.support.sides import ALIKE, DeferredSide, on_device, on_host
 from tests.support.training import (
     Shape,
@@ -62,10 +63,6 @@ def run(
         train(optimizer, range(steps))
         optimizer.state_dict()
     return optimizer
-
-
-def params_of(optimizer: SecondOrderOptimizer) -> list[Tensor]:
-    return list(optimizer.param_groups[0]["params"])
 
 
 def pairs(optimizer: SecondOrderOptimizer) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -151,8 +148,7 @@ def test_stacks_turn_a_chunk_at_a_time(refresh: str, monkeypatch: pytest.MonkeyP
     wanted = everything(run({"refresh": refresh, **ROTATED}, **options))
     assert set(stacks) == {7}
     stacks.clear()
-    for module in (extents, inline):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 36 * 4)
+    monkeypatch.setattr(extents, "CHUNK_BYTES", 3 * 36 * 4)
     found = everything(run({"refresh": refresh, **ROTATED}, **options))
     assert set(stacks) == {3, 1}
     assert_same_bits(found, wanted)
@@ -377,5 +373,7 @@ def test_only_soap_has_it(optimizer: type[SecondOrderOptimizer]) -> None:
 
 
 def test_the_method_is_ldlr() -> None:
-    assert RuntimeConfig(**ROTATED).refresh_method == "ldlr"
-    assert RuntimeConfig(refresh_method="ldlr", **ROTATED) == RuntimeConfig(**ROTATED)
+    config = RuntimeConfig(**ROTATED)
+    assert (config.refresh_method, config.method) == ("auto", "ldlr")
+    assert dataclasses.replace(config, factors="full").method == "auto"
+    assert RuntimeConfig(refresh_method="ldlr", **ROTATED).method == "ldlr"

@@ -144,7 +144,7 @@ def test_saving_and_loading_take_a_cell_and_a_tensor_at_a_time(
     assert meter.peak_bytes == 0, "nothing is read before it is written"
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
     most = whole.largest_bytes + 2 * 4 * 16 * 16
-    assert 0 < meter.peak_bytes <= most < whole.state_bytes / 8
+    assert 0 < meter.peak_bytes <= most < whole.state_bytes / (8 if factors == "packed" else 10)
     meter.peak_bytes = 0
     slots = len(resumed.stores.tier.slots)
     resumed.load(tmp_path)

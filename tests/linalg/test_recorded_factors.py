@@ -58,7 +58,7 @@ def test_it_is_the_qr_refresh_to_float32(
     streams: dict[str, Stream], name: str, side: str, stride: int
 ) -> None:
     """Both differ from the refresh in float64; by how much depends on the threads, too."""
-    moved, rounding = [], []
+    moved, rounding, found = [], [], []
     for step, (factor, basis) in enumerate(followed(streams[name], side)):
         if step % stride:
             continue
@@ -66,10 +66,12 @@ def test_it_is_the_qr_refresh_to_float32(
         qr = error(orthogonal_iteration(factor, basis, sort=True).basis, exact)
         ours = ldlr(factor, basis, sort=True)
         assert ours.usable.all()
-        assert error(ours.basis, exact) < 3 * qr + 1e-5
+        found.append(error(ours.basis, exact))
+        assert found[-1] < 3 * qr + 1e-5
         moved.append(error(basis, exact))
         rounding.append(qr)
     assert len(moved) >= 5
+    assert statistics.median(found) < 1.5 * statistics.median(rounding), "0.9 to 1.3, measured"
     # At times rounding changes the order of two columns, of QR as well.
     assert statistics.median(moved) > 100 * statistics.median(rounding)
 

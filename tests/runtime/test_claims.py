@@ -1,15 +1,15 @@
 """What state asks of the tiers: a pure function of shapes and settings."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from asteria import RuntimeConfig
-from asteria.algorithms.algorithm import BlockShape
+from asteria.algorithms.algorithm import Algorithm, BlockShape
 from asteria.algorithms.kl import KLSOAP, KLShampoo
 from asteria.algorithms.soap import SOAP
-from asteria.algorithms.turned_soap import TurnedSOAP
 from asteria.runtime import extents
 from asteria.runtime.claims import items, ledger_steps, working_bytes
 from asteria.runtime.extents import ExtentKey, layouts
@@ -20,7 +20,11 @@ WIDE = BlockShape((512, 64), (True, True))
 SQUARE = BlockShape((64, 64), (True, True))
 
 
-def key(shape: BlockShape = WIDE, rule: type = SOAP) -> ExtentKey:
+def turned() -> SOAP:
+    return SOAP(factors="rotated")
+
+
+def key(shape: BlockShape = WIDE, rule: Callable[[], Algorithm] = SOAP) -> ExtentKey:
     return ExtentKey(rule(), shape, torch.float32, torch.device("cpu"))
 
 
@@ -121,7 +125,7 @@ def test_temporary_memory_grows_with_the_largest_of_all() -> None:
 
 def test_factors_that_turn_take_room_while_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """The turns of both sides, and three matrices of the larger one, for what goes together."""
-    plain, turning = key(), key(rule=TurnedSOAP)
+    plain, turning = key(), key(rule=turned)
     one = 4 * (512**2 + 64**2 + 3 * 512**2)
     for together, blocks in ((3, 3), (2, 3)):
         monkeypatch.setattr(extents, "CHUNK_BYTES", together * 4 * 512**2)
@@ -130,8 +134,8 @@ def test_factors_that_turn_take_room_while_they_do(monkeypatch: pytest.MonkeyPat
 
 
 def test_factors_that_turn_are_moved_for_every_install_too() -> None:
-    plain, turning = (items(key(rule=rule), 1, 10, RuntimeConfig()) for rule in (SOAP, TurnedSOAP))
+    plain, turning = (items(key(rule=rule), 1, 10, RuntimeConfig()) for rule in (SOAP, turned))
     assert [item.nbytes for item in turning] == [item.nbytes for item in plain]
     assert turning[2].read_bytes - plain[2].read_bytes == pytest.approx(plain[2].nbytes / 10)
-    sync = items(key(rule=TurnedSOAP), 1, 10, SYNC)
+    sync = items(key(rule=turned), 1, 10, SYNC)
     assert sync[2] == items(key(), 1, 10, SYNC)[2], "in one go with the refresh"

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import nn
+
 from asteria import RuntimeConfig
 from asteria.optim.optimizer import SecondOrderOptimizer
 from asteria.refresh.pipeline import Flight
@@ -27,6 +29,11 @@ def build(
     """One of few small parameters, by default under the default runtime."""
     given = {"precondition_frequency": PERIOD, "shampoo_beta": BETA, "lr": 2.0**-6} | options
     return OPTIMIZERS[name](parameters(shapes), runtime=runtime, **given)
+
+
+def params_of(optimizer: SecondOrderOptimizer) -> list[nn.Parameter]:
+    """Those of its first group."""
+    return list(optimizer.param_groups[0]["params"])
 
 
 def manual(
