@@ -10,6 +10,7 @@ from torch import Tensor
 from asteria.algorithms.algorithm import Algorithm, BlockShape, BlockState, Contribution, Pair
 from asteria.config.hyperparameters import Hyperparameters
 from asteria.config.runtime import Factors
+from asteria.linalg.deferred import do
 from asteria.linalg.modes import replace_
 from asteria.store.layout import FieldSpec
 
@@ -42,7 +43,7 @@ def adam_update_(
     """
     if gate is None and out.device.type == "cpu":
         if out is not gradient:
-            out.copy_(gradient)
+            do(out.copy_, gradient)
         _fused_update_(exp_avg, exp_avg_sq, out, hyper)
         return out
     ema_(exp_avg, gradient, hyper.beta1, gate)
@@ -64,7 +65,8 @@ def _fused_update_(
     the moments are lost anyway). After very many steps the update has no bias correction. The
     kernel is the one of ``torch.optim.AdamW(fused=True)``, on the CPU since 2.4.
     """
-    torch._fused_adamw_(
+    do(
+        torch._fused_adamw_,
         [gradient],
         [gradient],
         [exp_avg],
@@ -126,6 +128,7 @@ class AdamW:
     factors: Factors = "full"
     rows_alike = True
     in_bases = False
+    can_defer = True
 
     def storing(self, bases_in: torch.dtype | None, factors: Factors) -> Algorithm:
         """The same rule: there are no eigenbases and no factors."""

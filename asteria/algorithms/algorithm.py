@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -86,7 +87,12 @@ class BlockShape:
 
 def bases(state: BlockState, rank: int) -> list[Tensor | None]:
     """The eigenbasis (b, d_k, d_k) of every mode, None where there is none."""
-    return [state.get(f"basis_{mode}") for mode in range(rank)]
+    return [state.get(name) for name in _basis_names(rank)]
+
+
+@functools.cache
+def _basis_names(rank: int) -> tuple[str, ...]:
+    return tuple(f"basis_{mode}" for mode in range(rank))
 
 
 def accumulate_(
@@ -142,6 +148,13 @@ class Algorithm(Protocol):
 
     rows_alike: bool
     """Whether the rows of a block without a factor for them can be updated one after the other."""
+
+    @property
+    def can_defer(self) -> bool:
+        """Whether it asks `do` for all that an update of vectors or matrices without a gate takes.
+
+        So that it may be written down before anything of it is done.
+        """
 
     @property
     def in_bases(self) -> bool:

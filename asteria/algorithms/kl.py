@@ -49,6 +49,7 @@ class _KullbackLeibler:
     squeezes = True
     sorts_columns = False
     rows_alike = False
+    can_defer = False
     in_bases = False
 
     def __init__(self, bases_in: torch.dtype | None = None, factors: Factors = "full") -> None:

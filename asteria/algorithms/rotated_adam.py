@@ -39,7 +39,11 @@ def rotated_update_(
     """
     basis = bases(state, gradient.dim() - 1)
     projected = transform(gradient, basis, scratch, transpose=True)
-    return projected_update_(state, projected, hyper, scratch=scratch, gate=gate)
+    # A gradient without a basis is still the caller's.
+    out = scratch[0] if projected is gradient else projected
+    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+    update = adam_update_(exp_avg, exp_avg_sq, projected, hyper, out=out, gate=gate)
+    return transform(update, basis, scratch, transpose=False)
 
 
 def projected_update_(
@@ -51,12 +55,11 @@ def projected_update_(
     gate: Tensor | None,
 ) -> Tensor:
     """`rotated_update_` of a gradient that is given in the bases; in scratch it is overwritten."""
-    basis = bases(state, projected.dim() - 1)
-    # A gradient without a basis is still the caller's.
+    # One without a basis is still the caller's.
     out = projected if any(projected is own for own in scratch) else scratch[0]
-    moments = state["exp_avg"], state["exp_avg_sq"]
-    update = adam_update_(*moments, projected, hyper, out=out, gate=gate)
-    return transform(update, basis, scratch, transpose=False)
+    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+    update = adam_update_(exp_avg, exp_avg_sq, projected, hyper, out=out, gate=gate)
+    return transform(update, bases(state, projected.dim() - 1), scratch, transpose=False)
 
 
 def rotate_moments_(

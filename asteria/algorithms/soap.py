@@ -53,6 +53,11 @@ class SOAP:
         """
         return self.factors == "rotated"
 
+    @property
+    def can_defer(self) -> bool:
+        """Unless factors are packed or rotated, or bases have to be widened."""
+        return self.factors == "full" and self.bases_in is None
+
     def storing(self, bases_in: torch.dtype | None, factors: Factors) -> Algorithm:
         """The same rule with eigenbases stored in this dtype and factors in this form."""
         return type(self)(bases_in, factors)

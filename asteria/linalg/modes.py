@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from asteria.linalg.deferred import do
 from asteria.linalg.packed import decay_half_
 
 __all__ = ["change_basis_", "decay_gram_", "replace_", "scale_modes_", "transform"]
@@ -35,7 +36,12 @@ def transform(
         if matrix is None:
             continue
         target = scratch[1] if x is scratch[0] else scratch[0]
-        _multiply_mode(x, matrix.mT if transpose else matrix, mode, target)
+        if x.dim() != 3:
+            _multiply_mode(x, matrix.mT if transpose else matrix, mode, target)
+        elif mode == 0:
+            do(torch.bmm, matrix.mT if transpose else matrix, x, out=target)
+        else:
+            do(torch.bmm, x, matrix if transpose else matrix.mT, out=target)
         x = target
     return x
 
@@ -64,10 +70,6 @@ def replace_(target: Tensor, value: Tensor, gate: Tensor | None) -> None:
 
 def _multiply_mode(x: Tensor, matrix: Tensor, mode: int, out: Tensor) -> None:
     """``out`` = ``matrix`` (b, d_k, d_k) times mode k of ``x``; both contiguous and distinct."""
-    if x.dim() == 3:
-        first, second = (matrix, x) if mode == 0 else (x, matrix.mT)
-        torch.bmm(first, second, out=out)
-        return
     blocks, dims = x.shape[0], x.shape[1:]
     size, before = dims[mode], math.prod(dims[:mode])
     if before == 1:
@@ -89,21 +91,27 @@ def decay_gram_(
     Shapes: factor (b, d_k, d_k), or the half of it that `pack` makes; x (b, d_0, ...). ``gate`` is
     None or a scalar tensor that is 1, or 0 to leave the factor as it is without the host knowing.
     """
-    blocks, dims = x.shape[0], x.shape[1:]
-    size, before = dims[mode], math.prod(dims[:mode])
-    if before == 1:
-        left = x.view(blocks, size, -1)
-    elif mode == len(dims) - 1:
-        left = x.view(blocks, -1, size).mT
-    else:
-        left = x.view(blocks, before, size, -1).transpose(1, 2).reshape(blocks, size, -1)
+    left = _unfolded(x, mode)
     if factor.shape[-2] != factor.shape[-1]:
         decay_half_(factor, left, beta=beta, weight=weight, gate=gate)
     elif gate is None:
-        factor.baddbmm_(left, left.mT, beta=beta, alpha=weight)
+        do(factor.baddbmm_, left, left.mT, beta=beta, alpha=weight)
     else:
         change = torch.bmm(left, left.mT).mul_(weight).add_(factor, alpha=beta - 1)
         factor.addcmul_(change, gate)
+
+
+def _unfolded(x: Tensor, mode: int) -> Tensor:
+    """X_(k), (b, d_k, product of the other dims): a view, but for inner modes."""
+    if x.dim() == 3:
+        return x.mT if mode else x
+    blocks, dims = x.shape[0], x.shape[1:]
+    size, before = dims[mode], math.prod(dims[:mode])
+    if before == 1:
+        return x.view(blocks, size, -1)
+    if mode == len(dims) - 1:
+        return x.view(blocks, -1, size).mT
+    return x.view(blocks, before, size, -1).transpose(1, 2).reshape(blocks, size, -1)
 
 
 def scale_modes_(x: Tensor, scales: Sequence[Tensor | None]) -> Tensor:

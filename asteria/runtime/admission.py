@@ -153,15 +153,21 @@ def admit(
     records = list(records)
     here = [record for record in records if record.is_here]
     check_saved({record: saved[record] for record in here if record in saved})
-    for record in records:
-        _count(record, saved.get(record, {}))
+    # One tensor, so that a step of all of them counts at once.
+    step = torch.zeros(len(records), dtype=torch.float32, device="cpu")
+    for record, own in zip(records, step, strict=True):
+        record.counted_with = step
+        _count(record, saved.get(record, {}), own)
     _change(extents, _by_kind(here), [], saved, residence, elsewhere)
     for record in records:
         record.has_foreign_factors = False
 
 
-def _count(record: ParameterRecord, saved: Mapping[str, Tensor]) -> None:
-    """Begin the counters of a record, or go on with those that were saved of it."""
+def _count(record: ParameterRecord, saved: Mapping[str, Tensor], step: Tensor) -> None:
+    """Begin the counters of a record, or go on with those that were saved of it.
+
+    ``step`` is the one that is shown: a float on the host, as in torch.
+    """
     record.versions = [0] * len(record.route.tiles)
     if saved:
         record.steps = int(saved["step"])
@@ -174,20 +180,11 @@ def _count(record: ParameterRecord, saved: Mapping[str, Tensor]) -> None:
         record.born = int(saved["born"])
         record.versions = [int(version) for version in torch.as_tensor(saved["version"]).tolist()]
         record.begun = record.born <= record.steps
-    shapes = record.route.entry_shapes(record.shape)
-    counters = {
-        # Where the other tensors are, as torch's tools expect; ``step`` is as in torch.
-        "step": (record.steps if saved else 0, torch.device("cpu")),
-        "born": (record.born, record.device),
-        "version": (record.versions, record.device),
-    }
-    record.entries = Entries(
-        {
-            key: torch.tensor(count, dtype=torch.float32, device=device)
-            for key, (count, device) in counters.items()
-            if key in shapes
-        }
-    )
+    record.entries = Entries({"step": step.fill_(record.steps if saved else 0)})
+    if record.route.rule.has_bases:
+        # Where the other tensors are, as torch's tools expect.
+        for key, count in (("born", record.born), ("version", record.versions)):
+            record.entries[key] = torch.tensor(count, dtype=torch.float32, device=record.device)
 
 
 def discard(

@@ -242,7 +242,7 @@ class Engine(Judge):
         moved: list[ParameterRecord] = []
         if gate is not None:
             self._guard.on_refusal(_undo(moved, undos))
-        with without_autocast(record.device for record in updates):
+        with without_autocast(extent.device for extent in self._all()):
             self._residence.promises.with_room(lambda: self._take(updates, gate, moved))
             self._stepper.finish()
         end = self._clock()
@@ -260,7 +260,8 @@ class Engine(Judge):
         """Take all chunks through the step; ``moved`` takes the records whose moments advanced."""
         left = {record: u for record, u in updates.items() if record not in self._ended}
         stepper, ended = self._stepper, list[ParameterRecord]()
-        work = [c for extent in self._all() for c in chunks(extent, left, stepper.is_done)]
+        done = stepper.is_done if stepper.was_interrupted else None
+        work = [chunk for extent in self._all() for chunk in chunks(extent, left, done)]
         self._foresight.begin_step(work, stepper.cells)
         try:
             stepper.step(work, updates, gate, ended)
@@ -286,7 +287,12 @@ class Engine(Judge):
 def _count_updates(records: list[ParameterRecord], change: int) -> None:
     for record in records:
         record.steps += change
-    if records:
+    together = records[0].counted_with if records else None
+    if together is None:
+        return
+    if len(together) == len(records) and all(r.counted_with is together for r in records):
+        together.add_(change)
+    else:
         torch._foreach_add_([record.entries["step"] for record in records], change)
 
 

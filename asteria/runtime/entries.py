@@ -28,6 +28,8 @@ class Entries(dict[str, Tensor]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._away: dict[str, _Away] = {}
+        self.changed = True
+        """Whether anything was set or removed since somebody made this False."""
 
     def put_away(
         self,
@@ -39,6 +41,7 @@ class Entries(dict[str, Tensor]):
 
         ``promise`` makes a tensor of the values of now that reads them when they are needed.
         """
+        self.changed = True
         dict.pop(self, key, None)
         self._away[key] = _Away(read, promise or read)
 
@@ -67,10 +70,12 @@ class Entries(dict[str, Tensor]):
         return dict.__getitem__(self, key) if away is None else away.read()
 
     def __setitem__(self, key: str, value: Tensor) -> None:
+        self.changed = True
         self._away.pop(key, None)
         dict.__setitem__(self, key, value)
 
     def __delitem__(self, key: str) -> None:
+        self.changed = True
         if self._away.pop(key, None) is None:
             dict.__delitem__(self, key)
 
@@ -144,6 +149,7 @@ class Entries(dict[str, Tensor]):
 
     def clear(self) -> None:
         """Remove everything."""
+        self.changed = True
         self._away.clear()
         dict.clear(self)
 

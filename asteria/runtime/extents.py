@@ -118,13 +118,13 @@ class Extent:
     """What is still to be folded into the factors."""
     resident: bool = False
     """Whether all of the state stays on the device, so that nothing has to be acquired."""
+    keeps_all: bool = True
+    """Whether no factor is with another rank."""
     _windows: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
     """Views that the last steps used while the extent is resident."""
-    _keeps_all: bool = True
-    """Whether no factor is with another rank."""
 
     def __post_init__(self) -> None:
-        self._keeps_all = all(tile.kept for tile in self.tiles)
+        self.keeps_all = all(tile.kept for tile in self.tiles)
 
     @property
     def rule(self) -> Algorithm:
@@ -158,7 +158,7 @@ class Extent:
 
     def place(self, start: int, stop: int, life: Life) -> tuple[int, int]:
         """Where the blocks ``start`` to ``stop`` are in the cell of this life."""
-        if life is not Life.SUM or self._keeps_all:
+        if life is not Life.SUM or self.keeps_all:
             return start, stop
         before = [t for t in self.tiles if t.kept and t.start < stop]
         last = sum(min(tile.stop, stop) - tile.start for tile in before)
@@ -166,7 +166,7 @@ class Extent:
 
     def kept(self, start: int, stop: int) -> list[slice]:
         """Which of the blocks ``start`` to ``stop`` have their factors here, counted from start."""
-        if self._keeps_all:
+        if self.keeps_all:
             return [slice(0, stop - start)]
         runs: list[slice] = []
         for tile in self.tiles:

@@ -160,6 +160,8 @@ class ParameterRecord(_Referable):
     """Of each tile: the step whose factors its eigenbases were computed from."""
     entries: Entries = field(default_factory=Entries)
     """The state as the optimizer shows it: views of it, and counters on the host."""
+    counted_with: Tensor | None = None
+    """The step counters of all records that state was made for together, its own among them."""
     facade: Entries | None = None
     """What the optimizer shows instead, for a sharded parameter; all of it is made when asked for.
     """
@@ -267,16 +269,16 @@ class ParameterRecord(_Referable):
         """
         if self.facade is not None:
             return entries is self.facade and self.facade.is_untouched
-        return (
-            entries is self.entries
-            and all(map(self.entries.is_away, self.in_flight))
-            and all(
-                self.entries.is_away(key)
-                if tensor is None
-                else dict.get(self.entries, key) is tensor
-                for key, tensor in self.shown
+        own = self.entries
+        if entries is own and own.changed:
+            own.changed = not (
+                all(map(own.is_away, self.in_flight))
+                and all(
+                    own.is_away(key) if tensor is None else dict.get(own, key) is tensor
+                    for key, tensor in self.shown
+                )
             )
-        )
+        return entries is own and not own.changed
 
     def check_unchanged(self) -> None:
         """Raise ParameterChangedError unless shape, dtype and device are as they were."""

@@ -39,13 +39,13 @@ def parts_of(chunk: Chunk) -> list[tuple[Chunk, Rows]]:
 
     A pure function of shapes and groups, as the chunks are.
     """
-    whole = [(chunk, slice(0, chunk.shape.dims[0] if chunk.shape.dims else 1))]
-    tile, step = chunk.tiles[0], rows_at_a_time(chunk.extent.key)
+    tile = chunk.tiles[0]
     plan = tile.plan
+    whole = [(chunk, slice(0, plan.shape.dims[0] if plan.shape.dims else 1))]
     if (
-        not chunk.shape.dims
-        or step >= chunk.shape.dims[0]
-        or (len(chunk.tiles), plan.blocks) != (1, 1)
+        (len(chunk.tiles), plan.blocks) != (1, 1)
+        or not chunk.shape.dims
+        or (step := rows_at_a_time(chunk.extent.key)) >= chunk.shape.dims[0]
         or tile.record.shape != chunk.shape.dims
         or chunk.hyper.normalize_grads
     ):

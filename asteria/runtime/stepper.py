@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -58,6 +58,11 @@ class Stepper:
         """Tiles of records that an interrupted step has begun and not ended."""
         self._round_s = 0.0
 
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether there are tiles that `is_done` is to be asked for."""
+        return bool(self._done)
+
     def is_done(self, tile: Tile) -> bool:
         """Whether an interrupted step has taken care of the tile."""
         return unit_of(tile) in self._done.get(tile.record, ())
@@ -81,19 +86,26 @@ class Stepper:
         ``ended`` takes the records all of whose tiles are done, also if an error ends the step.
         """
         self._round_s = 0.0
-        for chunk in work:
-            self._step_chunk(chunk, updates, gate)
-            for tile in chunk.tiles:
-                record = tile.record
-                if len(record.route.tiles) > 1:
-                    done = self._done.setdefault(record, set())
-                    done.add(unit_of(tile))
-                    if len(done) < len(record.route.tiles):
-                        continue
-                    del self._done[record]
-                ended.append(record)
+        try:
+            for chunk in work:
+                if self._can_defer(chunk, gate):
+                    self._updater.defer(chunk, updates)
+                else:
+                    self._updater.run()
+                    self._step_chunk(chunk, updates, gate)
+                ended += _ended(chunk, self._done)
+        finally:
+            self._updater.run()
         if self._round_s:
             self._governor.pace.refreshed_inside(self._round_s)
+
+    def _can_defer(self, chunk: Chunk, gate: Tensor | None) -> bool:
+        """Whether the chunk's step is an update and nothing else, which may be done later."""
+        return (
+            self._updater.can_defer(chunk, gate)
+            and not self._refreshes(chunk)
+            and not self._lands_on(chunk)
+        )
 
     def _step_chunk(
         self, chunk: Chunk, updates: Mapping[ParameterRecord, Update], gate: Tensor | None
@@ -186,8 +198,12 @@ class Stepper:
             return True
         if self._background is not None:
             return False
+        period = hyper.precondition_frequency
+        oldest = min([tile.record.versions[tile.plan.ordinal] for tile in chunk.tiles])
+        if not is_due(step, period=period, version=oldest):
+            return False
         latest = min(self._units.latest(unit_of(tile)) for tile in chunk.tiles)
-        return is_due(step, period=hyper.precondition_frequency, version=latest)
+        return is_due(step, period=period, version=latest)
 
     def _is_young(self, chunk: Chunk) -> bool:
         steps = young_steps(chunk.hyper.shampoo_beta)
@@ -258,6 +274,19 @@ class Stepper:
     def _draw(self, lane: str, name: str, start_s: float, end_s: float) -> None:
         if self._trace is not None:
             self._trace.span(lane, name, int(start_s * 1e9), int(end_s * 1e9))
+
+
+def _ended(chunk: Chunk, done: dict[ParameterRecord, set[Unit]]) -> Iterator[ParameterRecord]:
+    """Records of which nothing is left to do after the chunk; ``done`` keeps what is, of others."""
+    for tile in chunk.tiles:
+        record = tile.record
+        if len(record.route.tiles) > 1:
+            units = done.setdefault(record, set())
+            units.add(unit_of(tile))
+            if len(units) < len(record.route.tiles):
+                continue
+            del done[record]
+        yield record
 
 
 def _bound(start: str, hyper: Hyperparameters) -> float | None:

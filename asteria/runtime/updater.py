@@ -17,6 +17,7 @@ from asteria.algorithms.algorithm import (
     fold_,
 )
 from asteria.config.hyperparameters import Hyperparameters
+from asteria.linalg.deferred import Program
 from asteria.linalg.modes import transform
 from asteria.linalg.scratch import Scratch
 from asteria.runtime.chunks import Chunk, Update
@@ -39,6 +40,7 @@ class Updater:
         """``start`` as in RuntimeConfig."""
         self._start = start
         self._scratch = Scratch()
+        self._program = Program()
 
     def pair(self, chunk: Chunk) -> Pair:
         """Scratch of the gradient's shape, or of that of its rows that are updated at a time."""
@@ -50,7 +52,10 @@ class Updater:
         return first, self._scratch.take("second", shape, extent.dtype, extent.device)
 
     def _state(self, chunk: Chunk, lives: Iterable[Life]) -> BlockState:
-        return widened(chunk.state(lives), chunk.extent.dtype, self._scratch)
+        state = chunk.state(lives)
+        if chunk.extent.rule.bases_in is None:
+            return state
+        return widened(state, chunk.extent.dtype, self._scratch)
 
     def begin_(self, chunk: Chunk, lives: Sequence[Life], gate: Tensor | None) -> None:
         """First statistics, from the first gradient."""
@@ -80,6 +85,30 @@ class Updater:
         tensors = key.rule.contributed_tensors(key.shape)
         ledger.open(layout, tensors, chunk.extent.cells[Life.SUM].home)
 
+    def can_defer(self, chunk: Chunk, gate: Tensor | None) -> bool:
+        """Whether `defer` would do what `update_` does, its state being at home."""
+        extent, hyper = chunk.extent, chunk.hyper
+        return (
+            gate is None
+            and chunk.begun
+            and extent.resident
+            and extent.keeps_all
+            and extent.device.type == "cpu"
+            and extent.rule.can_defer
+            and len(chunk.shape.dims) in (0, 2)
+            and not (hyper.maximize or hyper.normalize_grads)
+            and not torch._C._autograd._profiler_enabled()  # which shows what belongs where
+        )
+
+    def defer(self, chunk: Chunk, updates: Mapping[ParameterRecord, Update]) -> None:
+        """Write down what `update_` does, for `run`."""
+        with self._program:
+            self.update_(chunk, list(chunk.extent.cells), updates, None)
+
+    def run(self) -> None:
+        """Do what was written down; before anything else is done with the same state or scratch."""
+        self._program.run()
+
     @phase("update")
     def update_(
         self,
@@ -95,30 +124,37 @@ class Updater:
         in_bases = chunk.extent.rule.in_bases and moves(self._start, chunk)
         for part, rows in parts:
             gradient, own = gather(part, self._scratch, gate), state_of(state, rows, chunk.shape)
-            first = part is parts[0][0]
+            first, pair = part is parts[0][0], self._pair(part)
+            given = own, gradient, pair, gate
             if in_bases:
                 # Factors want the projection, which the moments then take the place of.
                 basis = bases(own, gradient.dim() - 1)
-                gradient = transform(gradient, basis, self._pair(part), transpose=True)
+                gradient = transform(gradient, basis, pair, transpose=True)
+                given = own, gradient, pair, gate
                 if chunk.begun:
-                    self._accumulate_(part, own, gradient, gate, first=first, noted=noted)
-            direction, scale = self._direction_(part, own, gradient, gate)
+                    self._accumulate_(part, *given, first=first, noted=noted)
+            direction, scale = self._direction_(part, *given)
             if direction is None:
                 continue
             if chunk.hyper.normalize_grads:
                 normalize_(direction, part)
-            apply_(direction, part, updates, scale=scale, gate=gate)
+            apply_(direction, part, updates, self._scratch, scale=scale, gate=gate)
             if chunk.begun and not in_bases:
-                self._accumulate_(part, own, gradient, gate, first=first, noted=noted)
+                self._accumulate_(part, *given, first=first, noted=noted)
         if not chunk.begun:
             return Life
         return (Life.STEP,) if noted is not None else (Life.STEP, Life.SUM)
 
     def _direction_(
-        self, chunk: Chunk, state: BlockState, gradient: Tensor, gate: Tensor | None
+        self,
+        chunk: Chunk,
+        state: BlockState,
+        gradient: Tensor,
+        pair: Pair,
+        gate: Tensor | None,
     ) -> tuple[Tensor | None, float]:
         """The update and a factor on the learning rate; None where there is none yet."""
-        rule, hyper, pair = chunk.extent.rule, chunk.hyper, self._pair(chunk)
+        rule, hyper = chunk.extent.rule, chunk.hyper
         if moves(self._start, chunk):
             step = chunk.steps + 1
             return rule.direction_(state, gradient, hyper, step=step, scratch=pair, gate=gate)
@@ -133,6 +169,7 @@ class Updater:
         chunk: Chunk,
         state: BlockState,
         gradient: Tensor,
+        pair: Pair,
         gate: Tensor | None,
         *,
         first: bool,
@@ -140,13 +177,14 @@ class Updater:
     ) -> None:
         """Add to the factors, which the ``first`` part decays, or note what is to be added."""
         extent, beta = chunk.extent, chunk.hyper.shampoo_beta
-        pair = self._pair(chunk)
         given = extent.rule.contributions(state, gradient, chunk.hyper, scratch=pair, gate=gate)
         if noted is not None and chunk.kept:
             place = extent.place(chunk.start, chunk.stop, Life.SUM)
             noted.note(_kept(chunk, given), place, beta=beta, gate=gate)
             return
-        for contribution in _kept(chunk, given):
+        if not extent.keeps_all:
+            given = _kept(chunk, given)
+        for contribution in given:
             fold_(state, contribution, beta if first else 1.0, gate)
 
 
@@ -188,7 +226,3 @@ def scale_of(start: str, record: ParameterRecord, hyper: Hyperparameters) -> flo
 def moves_at_once(start: str, rule: Algorithm) -> bool:
     """Whether the first gradient already advances the moments."""
     return start == "adam" or (start == "fresh" and not rule.has_bases)
-
-
-def _near(gate: Tensor | None, chunk: Chunk) -> Tensor | None:
-    return gate_on(gate, chunk.extent.device, chunk.extent.dtype)

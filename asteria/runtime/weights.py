@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from asteria.linalg.deferred import do
 from asteria.linalg.rounding import stochastic_round
 from asteria.linalg.scratch import Scratch
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.records import ParameterRecord, Tile
 
 __all__ = ["apply_", "apply_shards_", "gather", "normalize_"]
-
-
-def _slots(chunk: Chunk, stacked: Tensor, regions: Sequence[Tensor]) -> list[Tensor]:
-    """The part of a chunk-shaped tensor that belongs to each tile, viewed as its region."""
-    blocks, *dims = stacked.shape
-    shape = torch.Size(dims)
-    if len(regions) == blocks and all(region.shape == shape for region in regions):
-        return list(stacked.unbind())
-    parts = torch.split_with_sizes(stacked, [tile.stop - tile.start for tile in chunk.tiles])
-    return [part.view(region.shape) for part, region in zip(parts, regions, strict=True)]
 
 
 def gather(chunk: Chunk, scratch: Scratch, gate: Tensor | None) -> Tensor:
@@ -40,7 +31,7 @@ def gather(chunk: Chunk, scratch: Scratch, gate: Tensor | None) -> Tensor:
     if len(regions) == 1 and as_is and gate is None and not chunk.hyper.maximize:
         return only.view(shape)
     out = scratch.take("gradient", shape, extent.dtype, extent.device)
-    torch._foreach_copy_(_slots(chunk, out, regions), regions)
+    do(torch._foreach_copy_, scratch.cut(out, [region.shape for region in regions]), regions)
     if gate is not None:
         out.masked_fill_(gate == 0, 0)
     if chunk.hyper.maximize:
@@ -72,6 +63,7 @@ def apply_(
     direction: Tensor,
     chunk: Chunk,
     updates: Mapping[ParameterRecord, Update],
+    scratch: Scratch,
     *,
     scale: float,
     gate: Tensor | None,
@@ -87,19 +79,15 @@ def apply_(
     first = chunk.tiles[0].record.sharding
     if first is not None and first.exact:
         wholes = [tile.plan.region(_change(tile.record)) for tile in chunk.tiles]
-        torch._foreach_copy_(wholes, _slots(chunk, direction, wholes))
+        do(torch._foreach_copy_, wholes, scratch.cut(direction, [w.shape for w in wholes]))
         return
     regions = [tile.plan.region(tile.record.weight) for tile in chunk.tiles]
-    changes = _slots(chunk, direction, regions)
-    rounding = chunk.hyper.stochastic_rounding
-    _apply_all_(
-        [
-            _Target(region, change, updates[tile.record], _noise(chunk, tile) if rounding else ())
-            for region, change, tile in zip(regions, changes, chunk.tiles, strict=True)
-        ],
-        scale=scale,
-        gate=gate,
-    )
+    changes = scratch.cut(direction, [region.shape for region in regions])
+    asked = [updates[tile.record] for tile in chunk.tiles]
+    noises = None
+    if chunk.hyper.stochastic_rounding:
+        noises = [_noise(chunk, tile) for tile in chunk.tiles]
+    _apply_all_(_Targets(regions, changes, asked, noises), scale=scale, gate=gate)
 
 
 def apply_shards_(
@@ -111,44 +99,70 @@ def apply_shards_(
 
     After the step of the record has been counted.
     """
-    kinds: dict[tuple[float, torch.dtype], list[_Target]] = {}
+    kinds: dict[tuple[float, torch.dtype], _Targets] = {}
     for record, part, scale in parts:
-        noise: tuple[int, ...] = ()
+        noise: _Noise = ()
         if updates[record].hyper.stochastic_rounding and record.sharding is not None:
             layout = record.sharding.layout
             # Not of the rank: replicas round alike.
             noise = (record.index, *(s.start for s in layout.boxes[layout.here]), record.steps)
-        target = _Target(record.weight, part, updates[record], noise)
-        kinds.setdefault((scale, part.dtype), []).append(target)
+        targets = kinds.setdefault((scale, part.dtype), _Targets([], [], [], []))
+        targets.add(record.weight, part, updates[record], noise)
     for (scale, dtype), targets in kinds.items():
-        near = None if gate is None else gate.to(targets[0].change.device, dtype)
+        near = None if gate is None else gate.to(targets.changes[0].device, dtype)
         _apply_all_(targets, scale=scale, gate=near)
 
 
-class _Target(NamedTuple):
-    weight: Tensor
-    change: Tensor
+_Noise: TypeAlias = tuple[int, ...]
+"""What the noise of stochastic rounding depends on; empty rounds to the nearest."""
+
+
+class _Targets(NamedTuple):
+    """What is updated together, place by place."""
+
+    weights: list[Tensor]
+    changes: list[Tensor]
     """Of the weight's shape, in the dtype of the state; overwritten."""
-    update: Update
-    noise: tuple[int, ...]
-    """What the noise of stochastic rounding depends on; empty rounds to the nearest."""
+    updates: list[Update]
+    noises: list[_Noise] | None
+    """None rounds all of them to the nearest."""
+
+    def add(self, weight: Tensor, change: Tensor, update: Update, noise: _Noise) -> None:
+        self.weights.append(weight)
+        self.changes.append(change)
+        self.updates.append(update)
+        if self.noises is not None:
+            self.noises.append(noise)
 
 
-def _apply_all_(targets: Sequence[_Target], *, scale: float, gate: Tensor | None) -> None:
-    groups: dict[tuple[float, float, bool], list[_Target]] = {}
-    for target in targets:
-        update, weight = target.update, target.weight
-        dense = weight.is_contiguous() or not target.change.is_cpu
-        exact = dense and weight.dtype == target.change.dtype
-        groups.setdefault((update.lr, update.weight_decay, exact), []).append(target)
-    for (lr, weight_decay, exact), members in groups.items():
-        given = [target.weight for target in members]
-        changes = [target.change for target in members]
-        weights = given if exact else [w.to(changes[0].dtype).contiguous() for w in given]
-        _descend_(weights, changes, lr * scale, lr * weight_decay, gate)
-        if not exact:
-            for target, weight in zip(members, weights, strict=True):
-                _round_into_(target.weight, weight, target.noise)
+def _apply_all_(targets: _Targets, *, scale: float, gate: Tensor | None) -> None:
+    kinds: dict[tuple[float, float, bool], list[int]] = {}
+    on_host, dtype = targets.changes[0].is_cpu, targets.changes[0].dtype
+    for place, (weight, update) in enumerate(zip(targets.weights, targets.updates, strict=True)):
+        exact = weight.dtype == dtype and (not on_host or weight.is_contiguous())
+        kinds.setdefault((update.lr, update.weight_decay, exact), []).append(place)
+    for (lr, weight_decay, exact), places in kinds.items():
+        given = [targets.weights[place] for place in places]
+        changes = [targets.changes[place] for place in places]
+        asked = lr * scale, lr * weight_decay, gate
+        if exact:
+            _descend_(given, changes, *asked)
+        else:
+            noises = [targets.noises[place] if targets.noises else () for place in places]
+            do(_descend_rounded_, given, changes, noises, asked)
+
+
+def _descend_rounded_(
+    targets: list[Tensor],
+    changes: list[Tensor],
+    noises: list[_Noise],
+    asked: tuple[float, float, Tensor | None],
+) -> None:
+    """`_descend_` of copies in the dtype of the changes, from which the weights are rounded."""
+    weights = [target.to(changes[0].dtype).contiguous() for target in targets]
+    _descend_(weights, changes, *asked)
+    for target, weight, noise in zip(targets, weights, noises, strict=True):
+        _round_into_(target, weight, noise)
 
 
 def _change(record: ParameterRecord) -> Tensor:
@@ -163,13 +177,14 @@ def _descend_(
     """w <- (w - rate change) (1 - decay); a closed gate keeps the decay away. Dense on the host."""
     kept = 1 - decay
     if gate is not None or weights[0].device.type != "cpu" or rate * kept == 0:
-        torch._foreach_add_(weights, changes, alpha=-rate)
+        do(torch._foreach_add_, weights, changes, alpha=-rate)
         if decay != 0:
-            torch._foreach_mul_(weights, kept if gate is None else 1 - gate * decay)
+            do(torch._foreach_mul_, weights, kept if gate is None else 1 - gate * decay)
         return
     # w - rate' (change + decay' w) is the same, and one pass by PyTorch's fused SGD kernel, which
     # takes memory as it comes and does not tell autograd.
-    torch._fused_sgd_(
+    do(
+        torch._fused_sgd_,
         weights,
         changes,
         [],
@@ -181,7 +196,7 @@ def _descend_(
         maximize=False,
         is_first_step=False,
     )
-    torch.autograd.graph.increment_version(weights)
+    do(torch.autograd.graph.increment_version, weights)
 
 
 def _noise(chunk: Chunk, tile: Tile) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ def apply_all(
                 part = direction[tile.start - chunk.start : tile.stop - chunk.start]
                 region = tile.plan.region(directions[tile.record])
                 part.copy_(region.reshape(part.shape))
-            apply_(direction, chunk, updates, scale=scale, gate=gate)
+            apply_(direction, chunk, updates, Scratch(), scale=scale, gate=gate)
 
 
 def one_step(

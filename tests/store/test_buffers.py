@@ -1,6 +1,7 @@
 """Memory under a budget is counted to the byte."""
 
 import gc
+import mmap
 from collections.abc import Callable
 
 import pytest
@@ -111,8 +112,20 @@ def test_memory_is_plain_bytes_of_the_size_asked_for(
     assert bool((memory == 7).all())
 
 
-def test_large_host_memory_is_a_mapping_of_its_own_on_whole_pages() -> None:
-    assert host_memory(2 * 1024**2).data_ptr() % 4096 == 0
+@pytest.mark.parametrize("nbytes", [1024**2, 2 * 1024**2, 5 * 1024**2 + 3])
+def test_large_host_memory_is_a_mapping_of_its_own_that_huge_pages_fit(nbytes: int) -> None:
+    memory = host_memory(nbytes)
+    assert memory.data_ptr() % (2 * 1024**2) == 0
+    assert memory.untyped_storage().nbytes() == nbytes
+
+
+def test_a_system_without_huge_pages_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(buffers, "_mapping", lambda nbytes: Plain(-1, nbytes))
+    assert host_memory(2 * 1024**2).fill_(7).sum() == 7 * 2 * 1024**2
 
 
 def test_a_host_without_memory_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
