@@ -258,7 +258,9 @@ class Engine(Judge):
         moved: list[ParameterRecord],
     ) -> None:
         """Take all chunks through the step; ``moved`` takes the records whose moments advanced."""
-        left = {record: u for record, u in updates.items() if record not in self._ended}
+        left = (
+            {r: u for r, u in updates.items() if r not in self._ended} if self._ended else updates
+        )
         stepper, ended = self._stepper, list[ParameterRecord]()
         done = stepper.is_done if stepper.was_interrupted else None
         work = [chunk for extent in self._all() for chunk in chunks(extent, left, done)]
