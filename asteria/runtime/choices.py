@@ -36,8 +36,6 @@ def choice_of(
 def shortest_period(config: RuntimeConfig, hyper: Hyperparameters, record: ParameterRecord) -> int:
     """Steps between refreshes of those tiles of the record that are refreshed most often."""
     periods = [hyper.precondition_frequency]
-    if config.refresh_on != "auto" or not is_accelerator(record.device):
-        return periods[0]
     for plan in record.route.tiles:
         choice = choice_of(config, hyper, record.device, plan.shape.dims)
         if choice is not None and choice.period is not None:

@@ -277,7 +277,10 @@ class Engine(Judge):
             counted = [r for r in ended if r.has_moments or moves_at_once(start, r.route.rule)]
             for record in ended:
                 record.begin()
-                record.refresh_steps = shortest_period(self._config, updates[record].hyper, record)
+                hyper = updates[record].hyper
+                record.refresh_steps = hyper.precondition_frequency
+                if hyper.refresh_plan:
+                    record.refresh_steps = shortest_period(self._config, hyper, record)
             _count_updates(counted, 1)
             moved += counted
         self._foresight.end_step(work, stepper.cells)

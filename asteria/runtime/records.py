@@ -282,7 +282,8 @@ class ParameterRecord(_Referable):
 
     def check_unchanged(self) -> None:
         """Raise ParameterChangedError unless shape, dtype and device are as they were."""
-        now, shape = self.parameter, stepped_shape(self.parameter, self.sharding)
+        now, sharding = self.parameter, self.sharding
+        shape = now.shape if sharding is None else stepped_shape(now, sharding)
         if shape == self.shape and now.dtype == self.dtype and now.device == self.device:
             return
         raise ParameterChangedError(
