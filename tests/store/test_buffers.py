@@ -119,6 +119,23 @@ def test_large_host_memory_is_a_mapping_of_its_own_that_huge_pages_fit(nbytes: i
     assert memory.untyped_storage().nbytes() == nbytes
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="of Linux")
+def test_huge_pages_are_asked_for_as_far_as_they_fill_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    class Recording(mmap.mmap):
+        def madvise(self, *given: int) -> None:
+            begin = torch.frombuffer(self, dtype=torch.uint8).data_ptr() + given[1]
+            asked.append((given[0], begin, *given[2:]))
+
+    monkeypatch.setattr(buffers, "_mapping", lambda nbytes: Recording(-1, nbytes))
+    memory = host_memory(5 * 1024**2)
+    host_memory(1024**2)  # which they do not fit
+    assert asked == [(mmap.MADV_HUGEPAGE, memory.data_ptr(), 4 * 1024**2)]
+
+
 def test_a_system_without_huge_pages_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(mmap.mmap):
         def madvise(self, *_: int) -> None:
