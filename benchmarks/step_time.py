@@ -13,6 +13,7 @@ import functools
 import gc
 import math
 import operator
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,7 +163,11 @@ def settle(contender: Contender, gradients: Gradients, period: int) -> None:
 
 
 def ratios(results: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
-    """Our mean over the faster peer's mean, and our median over the bare products' median."""
+    """Our mean over the faster peer's mean, and our median over the bare products' median.
+
+    The latter also round by round: where a processor changes between two speeds, medians may be of
+    different ones.
+    """
     summary = {name: summarize(result.times_ms) for name, result in results.items()}
     found: dict[str, dict[str, Any]] = {}
     peers = [name for name in PEERS if name in summary]
@@ -173,6 +178,9 @@ def ratios(results: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
     if OURS in summary and BARE in summary:
         value = summary[OURS]["p50"] / summary[BARE]["p50"]
         found["median / bare products' median"] = {"value": value, "against": BARE}
+        rounds = zip(results[OURS].times_ms, results[BARE].times_ms, strict=True)
+        value = statistics.median(ours / bare for ours, bare in rounds)
+        found["median of the ratios of all rounds"] = {"value": value, "against": BARE}
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -153,21 +154,15 @@ def admit(
     records = list(records)
     here = [record for record in records if record.is_here]
     check_saved({record: saved[record] for record in here if record in saved})
-    # One tensor, so that a step of all of them counts at once.
-    step = torch.zeros(len(records), dtype=torch.float32, device="cpu")
-    for record, own in zip(records, step, strict=True):
-        record.counted_with = step
-        _count(record, saved.get(record, {}), own)
+    for record in records:
+        _count(record, saved.get(record, {}))
     _change(extents, _by_kind(here), [], saved, residence, elsewhere)
     for record in records:
         record.has_foreign_factors = False
 
 
-def _count(record: ParameterRecord, saved: Mapping[str, Tensor], step: Tensor) -> None:
-    """Begin the counters of a record, or go on with those that were saved of it.
-
-    ``step`` is the one that is shown: a float on the host, as in torch.
-    """
+def _count(record: ParameterRecord, saved: Mapping[str, Tensor]) -> None:
+    """Begin the counters of a record, or go on with those that were saved of it."""
     record.versions = [0] * len(record.route.tiles)
     if saved:
         record.steps = int(saved["step"])
@@ -180,7 +175,9 @@ def _count(record: ParameterRecord, saved: Mapping[str, Tensor], step: Tensor) -
         record.born = int(saved["born"])
         record.versions = [int(version) for version in torch.as_tensor(saved["version"]).tolist()]
         record.begun = record.born <= record.steps
-    record.entries = Entries({"step": step.fill_(record.steps if saved else 0)})
+    record.counter = array("f", [record.steps if saved else 0])
+    step = torch.frombuffer(record.counter, dtype=torch.float32).view(())
+    record.entries = Entries({"step": step})  # on the host, as in torch
     if record.route.rule.has_bases:
         # Where the other tensors are, as torch's tools expect.
         for key, count in (("born", record.born), ("version", record.versions)):

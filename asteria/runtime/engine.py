@@ -292,13 +292,7 @@ class Engine(Judge):
 def _count_updates(records: list[ParameterRecord], change: int) -> None:
     for record in records:
         record.steps += change
-    together = records[0].counted_with if records else None
-    if together is None:
-        return
-    if len(together) == len(records) and all(r.counted_with is together for r in records):
-        together.add_(change)
-    else:
-        torch._foreach_add_([record.entries["step"] for record in records], change)
+        record.counter[0] += change
 
 
 def _undo(moved: list[ParameterRecord], parts: list[Callable[[], None]]) -> Callable[[], None]:

@@ -47,7 +47,7 @@ def surely_finite(gradients: list[Tensor]) -> bool:
     """
     if all(g.is_contiguous() and g.dtype in _WIDE for g in gradients):
         # In a third of the time.
-        flat = [gradient.view(-1) for gradient in gradients]
+        flat = [g if g.dim() == 1 else g.view(-1) for g in gradients]
         return math.isfinite(sum([torch.dot(vector, vector).item() for vector in flat]))
     return math.isfinite(sum(float(norm) for norm in torch._foreach_norm(gradients, 2)))
 

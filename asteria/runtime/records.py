@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -160,8 +161,8 @@ class ParameterRecord(_Referable):
     """Of each tile: the step whose factors its eigenbases were computed from."""
     entries: Entries = field(default_factory=Entries)
     """The state as the optimizer shows it: views of it, and counters on the host."""
-    counted_with: Tensor | None = None
-    """The step counters of all records that state was made for together, its own among them."""
+    counter: array[float] = field(default_factory=lambda: array("f", [0]))
+    """``steps`` in the memory of the tensor that is shown; an operation on it would take longer."""
     facade: Entries | None = None
     """What the optimizer shows instead, for a sharded parameter; all of it is made when asked for.
     """

@@ -196,7 +196,7 @@ def _descend_(
         maximize=False,
         is_first_step=False,
     )
-    do(torch.autograd.graph.increment_version, weights)
+    torch.autograd.graph.increment_version(weights)
 
 
 def _noise(chunk: Chunk, tile: Tile) -> tuple[int, ...]:

@@ -165,9 +165,18 @@ def test_ratios_take_the_faster_peer_by_mean_and_the_bare_products_by_median() -
     assert found["median / bare products' median"]["value"] == pytest.approx(1.25)
 
 
+def test_a_processor_that_changes_its_speed_changes_no_ratio_of_rounds() -> None:
+    found = step_time.ratios(
+        measured(ours=[1.5, 3.0, 1.5, 3.0, 3.0], bare=[1.0, 2.0, 1.0, 2.0, 1.0])
+    )
+    assert found["median of the ratios of all rounds"]["value"] == pytest.approx(1.5)
+    assert found["median / bare products' median"]["value"] == pytest.approx(3.0)
+
+
 def test_ratios_are_left_out_where_nothing_was_measured() -> None:
     assert list(step_time.ratios(measured(ours=[1.0], bare=[1.0]))) == [
-        "median / bare products' median"
+        "median / bare products' median",
+        "median of the ratios of all rounds",
     ]
     assert step_time.ratios(measured(peer=[1.0], bare=[1.0])) == {}
 

@@ -61,9 +61,6 @@ def test_what_is_saved_is_as_large_as_what_is_shown(place: str) -> None:
     for position in range(6):
         for key, value in entries_of(optimizer, position).items():
             size = value.untyped_storage().nbytes()
-            if key == "step":  # a number of each parameter, in one tensor
-                assert size == 6 * value.element_size()
-                continue
             assert size == value.numel() * value.element_size(), key
 
 
