@@ -45,6 +45,8 @@ _GROUPS_OWN = frozenset({"shards"})
 
 
 def _is_number(value: object) -> bool:
+    if type(value) is float:  # as nearly all are, at every step
+        return math.isfinite(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
     try:
@@ -54,6 +56,8 @@ def _is_number(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
+    if type(value) is int:
+        return value >= 1
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         return False
     return int(value) >= 1
