@@ -39,11 +39,7 @@ def rotated_update_(
     """
     basis = bases(state, gradient.dim() - 1)
     projected = transform(gradient, basis, scratch, transpose=True)
-    # A gradient without a basis is still the caller's.
-    out = scratch[0] if projected is gradient else projected
-    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-    update = adam_update_(exp_avg, exp_avg_sq, projected, hyper, out=out, gate=gate)
-    return transform(update, basis, scratch, transpose=False)
+    return projected_update_(state, projected, hyper, scratch=scratch, gate=gate)
 
 
 def projected_update_(

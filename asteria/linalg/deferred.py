@@ -8,7 +8,7 @@ step of a small model. Written down beforehand, the products follow each other d
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 __all__ = ["Program", "do"]
@@ -55,7 +55,19 @@ class Program:
             del self._calls[self._kept :]
 
     def run(self) -> None:
-        """Do what was written down and forget it, also if something raises."""
-        calls, self._calls = self._calls, []
-        for operation, args, kwargs in calls:
-            operation(*args, **kwargs)
+        """Do what was written down and forget it, also if something raises.
+
+        KeyboardInterrupt, which comes between two operations, is raised after the last one.
+        """
+        calls = iter(self._calls)
+        self._calls = []
+        try:
+            _do_all(calls)
+        except KeyboardInterrupt:
+            _do_all(calls)
+            raise
+
+
+def _do_all(calls: Iterator[_Call]) -> None:
+    for operation, args, kwargs in calls:
+        operation(*args, **kwargs)

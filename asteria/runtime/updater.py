@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,36 +125,29 @@ class Updater:
         in_bases = chunk.extent.rule.in_bases and moves(self._start, chunk)
         for part, rows in parts:
             gradient, own = gather(part, self._scratch, gate), state_of(state, rows, chunk.shape)
-            first, pair = part is parts[0][0], self._pair(part)
-            given = own, gradient, pair, gate
+            first, work = part is parts[0][0], _Work(part, own, gradient, self._pair(part), gate)
             if in_bases:
                 # Factors want the projection, which the moments then take the place of.
                 basis = bases(own, gradient.dim() - 1)
-                gradient = transform(gradient, basis, pair, transpose=True)
-                given = own, gradient, pair, gate
+                projected = transform(gradient, basis, work.pair, transpose=True)
+                work = work._replace(gradient=projected)
                 if chunk.begun:
-                    self._accumulate_(part, *given, first=first, noted=noted)
-            direction, scale = self._direction_(part, *given)
+                    _accumulate_(work, first=first, noted=noted)
+            direction, scale = self._direction_(work)
             if direction is None:
                 continue
             if chunk.hyper.normalize_grads:
                 normalize_(direction, part)
             apply_(direction, part, updates, self._scratch, scale=scale, gate=gate)
             if chunk.begun and not in_bases:
-                self._accumulate_(part, *given, first=first, noted=noted)
+                _accumulate_(work, first=first, noted=noted)
         if not chunk.begun:
             return Life
         return (Life.STEP,) if noted is not None else (Life.STEP, Life.SUM)
 
-    def _direction_(
-        self,
-        chunk: Chunk,
-        state: BlockState,
-        gradient: Tensor,
-        pair: Pair,
-        gate: Tensor | None,
-    ) -> tuple[Tensor | None, float]:
+    def _direction_(self, work: _Work) -> tuple[Tensor | None, float]:
         """The update and a factor on the learning rate; None where there is none yet."""
+        chunk, state, gradient, pair, gate = work
         rule, hyper = chunk.extent.rule, chunk.hyper
         if moves(self._start, chunk):
             step = chunk.steps + 1
@@ -164,28 +158,30 @@ class Updater:
         torch.abs(gradient, out=pair[0]).add_(hyper.eps)
         return torch.div(gradient, pair[0], out=pair[1]), 1.0
 
-    def _accumulate_(
-        self,
-        chunk: Chunk,
-        state: BlockState,
-        gradient: Tensor,
-        pair: Pair,
-        gate: Tensor | None,
-        *,
-        first: bool,
-        noted: Ledger | None = None,
-    ) -> None:
-        """Add to the factors, which the ``first`` part decays, or note what is to be added."""
-        extent, beta = chunk.extent, chunk.hyper.shampoo_beta
-        given = extent.rule.contributions(state, gradient, chunk.hyper, scratch=pair, gate=gate)
-        if noted is not None and chunk.kept:
-            place = extent.place(chunk.start, chunk.stop, Life.SUM)
-            noted.note(_kept(chunk, given), place, beta=beta, gate=gate)
-            return
-        if not extent.keeps_all:
-            given = _kept(chunk, given)
-        for contribution in given:
-            fold_(state, contribution, beta if first else 1.0, gate)
+
+class _Work(NamedTuple):
+    """What an update of blocks needs."""
+
+    chunk: Chunk
+    state: BlockState
+    gradient: Tensor
+    pair: Pair
+    gate: Tensor | None
+
+
+def _accumulate_(work: _Work, *, first: bool, noted: Ledger | None) -> None:
+    """Add to the factors, which the ``first`` part decays, or note what is to be added."""
+    chunk, state, gradient, pair, gate = work
+    extent, beta = chunk.extent, chunk.hyper.shampoo_beta
+    given = extent.rule.contributions(state, gradient, chunk.hyper, scratch=pair, gate=gate)
+    if noted is not None and chunk.kept:
+        place = extent.place(chunk.start, chunk.stop, Life.SUM)
+        noted.note(_kept(chunk, given), place, beta=beta, gate=gate)
+        return
+    if not extent.keeps_all:
+        given = _kept(chunk, given)
+    for contribution in given:
+        fold_(state, contribution, beta if first else 1.0, gate)
 
 
 def _kept(chunk: Chunk, given: Iterable[Contribution]) -> Iterator[Contribution]:

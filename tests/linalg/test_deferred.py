@@ -65,6 +65,22 @@ def test_an_operation_that_raises_ends_the_run_and_is_not_tried_again() -> None:
     assert done == []
 
 
+def test_an_interrupt_is_raised_when_all_is_done() -> None:
+    done: list[int] = []
+    program = Program()
+    with program:
+        do(done.append, 1)
+        do(_interrupt)
+        do(done.append, 2)
+    with pytest.raises(KeyboardInterrupt):
+        program.run()
+    assert done == [1, 2]
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def test_operations_may_ask_for_others() -> None:
     done: list[int] = []
     program = Program()

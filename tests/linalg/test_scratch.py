@@ -62,3 +62,43 @@ def test_two_scratches_share_nothing() -> None:
     first = Scratch().take("a", (4,), torch.float32, CPU)
     second = Scratch().take("a", (4,), torch.float32, CPU)
     assert first.data_ptr() != second.data_ptr()
+
+
+def shapes_of(parts: list[torch.Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(part.shape) for part in parts]
+
+
+def test_it_is_cut_along_its_blocks_into_views() -> None:
+    scratch = Scratch()
+    stacked = scratch.take("a", (4, 2, 3), torch.float32, CPU)
+    single = scratch.cut(stacked, [torch.Size((2, 3))] * 4)
+    assert shapes_of(single) == [(2, 3)] * 4
+    mixed = scratch.cut(stacked, [torch.Size((3, 2, 3)), torch.Size((6,))])
+    assert shapes_of(mixed) == [(3, 2, 3), (6,)]
+    mixed[1].fill_(5)
+    assert torch.equal(stacked[3], torch.full((2, 3), 5.0))
+    flat = scratch.take("b", (5,), torch.float32, CPU)
+    assert shapes_of(scratch.cut(flat, [torch.Size(()), torch.Size((2, 2))])) == [(), (2, 2)]
+
+
+def test_what_was_cut_is_remembered_until_its_memory_is_another() -> None:
+    scratch, shapes = Scratch(), [torch.Size((2,))] * 3
+    stacked = scratch.take("a", (3, 2), torch.float32, CPU)
+    parts = scratch.cut(stacked, shapes)
+    assert scratch.cut(stacked, list(shapes)) is parts
+    scratch.take("a", (30, 2), torch.float32, CPU)
+    anew = scratch.take("a", (3, 2), torch.float32, CPU)
+    assert scratch.cut(anew, shapes)[0].data_ptr() == anew.data_ptr() != parts[0].data_ptr()
+
+
+def test_only_so_much_is_remembered_and_nothing_of_others() -> None:
+    scratch = Scratch()
+    stacked = scratch.take("a", (40,), torch.float32, CPU)
+    for first in range(39):
+        scratch.cut(stacked, [torch.Size((first,)), torch.Size((40 - first,))])
+    assert len(scratch._parts[id(stacked)]) <= 16
+    foreign = torch.zeros(2, 3)
+    assert scratch.cut(foreign, [torch.Size((3,))] * 2) is not scratch.cut(
+        foreign, [torch.Size((3,))] * 2
+    )
+    assert list(scratch._parts) == [id(stacked)]
