@@ -203,21 +203,25 @@ def _faults() -> Iterator[Any]:
 
 
 def test_a_disk_that_fails_once_changes_no_bit(tmp_path: Path) -> None:
-    expected = on_the_device(CASE, "SOAP", STEPS)
+    """Which operation is the fifth, and how many there are, depends on the disk's threads.
+
+    If it is one of a refresh, or of several that read together, the bases in use stay.
+    """
+    expected, compared = on_the_device(CASE, "SOAP", STEPS), 0
     for operation, first, number in _faults():
         run = Run(tmp_path)
         run.tier.faults.failing = operation, range(first, first + 1), number
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*lost on disk")
             run.train_with_patience(0, STEPS)
-        # Which operation is the first, the fifth, ... and how many there are depends on the disk's
-        # threads. If it is one of a refresh, the basis in use stays.
         assert run.tier.faults.failed == 1 or first > 100
         lost = run.optimizer.stats().failures
+        assert set(lost) <= {"lost on disk"}
         if not lost:
             assert_same_bits(all_of(run.optimizer), expected)
-        assert lost in ({}, {"lost on disk": 1})
+            compared += run.tier.faults.failed
         run.tier.close()
+    assert compared > 2
 
 
 def test_reads_that_fail_once_outside_refreshes_change_no_bit(tmp_path: Path) -> None:
