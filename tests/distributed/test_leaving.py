@@ -1,6 +1,7 @@
 """Programs of several ranks end, whether all have done their part or one of them is lost."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,14 @@ LIMIT_S = 0.75 * leaving.TIMEOUT_S
 """Nobody waits for the timeout of the group."""
 
 
+def _told_in_time(rank: subprocess.Popen[str]) -> str:
+    try:
+        return rank.communicate(timeout=LIMIT_S)[1]
+    except subprocess.TimeoutExpired:
+        rank.send_signal(signal.SIGABRT)
+        return f"still running, at {rank.communicate()[1]}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "codes"), [("done", [0, 0]), ("lost", [1, 7])])
 def test_every_interpreter_ends(how: str, codes: list[int], tmp_path: Path) -> None:
@@ -20,7 +29,16 @@ def test_every_interpreter_ends(how: str, codes: list[int], tmp_path: Path) -> N
     path = f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", leaving.__name__, str(rank), str(tmp_path / "store"), how],
+            [
+                sys.executable,
+                "-X",
+                "faulthandler",
+                "-m",
+                leaving.__name__,
+                str(rank),
+                str(tmp_path / "store"),
+                how,
+            ],
             cwd=root,
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
@@ -29,7 +47,7 @@ def test_every_interpreter_ends(how: str, codes: list[int], tmp_path: Path) -> N
         for rank in range(2)
     ]
     try:
-        told = [rank.communicate(timeout=LIMIT_S)[1] for rank in ranks]
+        told = [_told_in_time(rank) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
