@@ -2,16 +2,18 @@
 
 Every large product on the host drives Python's own code and data out of the caches, so that what
 Python does between two of them takes several times as long as it would by itself: a tenth of the
-step of a small model. Written down beforehand, the products follow each other directly.
+step of a small model. Written down beforehand, the products follow each other directly; and what
+was written down once can be done again.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
-__all__ = ["Program", "do"]
+__all__ = ["Program", "do", "run"]
 
 _Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]
 
@@ -25,7 +27,7 @@ _open = _Open()
 
 
 def do(operation: Callable[..., object], *args: Any, **kwargs: Any) -> None:
-    """Call ``operation``, at once or, within a `Program`, when that is run.
+    """Call ``operation``, at once or, within a `Program`, whenever that is run.
 
     Any thread. What it works on must not change until then but by operations before it.
     """
@@ -36,36 +38,37 @@ def do(operation: Callable[..., object], *args: Any, **kwargs: Any) -> None:
 
 
 class Program:
-    """Operations of one thread, in the order in which `do` was asked for them.
+    """Operations of one thread, in the order in which `do` was asked for them, for `run`.
 
     As a context it writes down what its thread does there: all of it or, if that raises, nothing.
     """
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
-        self._kept = 0
+
+    def __len__(self) -> int:
+        return len(self._calls)
 
     def __enter__(self) -> None:
-        self._kept = len(self._calls)
-        _open.calls = self._calls
+        self._calls = _open.calls = []
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         _open.calls = None
         if error is not None:
-            del self._calls[self._kept :]
+            self._calls = []
 
-    def run(self) -> None:
-        """Do what was written down and forget it, also if something raises.
 
-        KeyboardInterrupt, which comes between two operations, is raised after the last one.
-        """
-        calls = iter(self._calls)
-        self._calls = []
-        try:
-            _do_all(calls)
-        except KeyboardInterrupt:
-            _do_all(calls)
-            raise
+def run(programs: Iterable[Program]) -> None:
+    """Do what was written down, one program after the other.
+
+    KeyboardInterrupt, which comes between two operations, is raised after the last one.
+    """
+    calls = itertools.chain.from_iterable([program._calls for program in programs])
+    try:
+        _do_all(calls)
+    except KeyboardInterrupt:
+        _do_all(calls)
+        raise
 
 
 def _do_all(calls: Iterator[_Call]) -> None:

@@ -31,6 +31,8 @@ class Scratch:
         self._views: dict[_Kind, dict[tuple[int, ...], Tensor]] = {}
         self._parts: dict[int, dict[_Shapes, list[Tensor]]] = {}
         """What views were cut into, by their id, which is theirs as long as they are kept."""
+        self.replaced = 0
+        """How often memory was replaced by more: what was taken before is not in use any more."""
 
     def take(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -48,6 +50,7 @@ class Scratch:
                 for old in views.values():
                     del self._parts[id(old)]
                 views.clear()
+                self.replaced += 1
             view = views[shape] = buffer[:size].view(shape)
             self._parts[id(view)] = {}
         return view

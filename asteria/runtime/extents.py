@@ -122,6 +122,8 @@ class Extent:
     """Whether no factor is with another rank."""
     _windows: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
     """Views that the last steps used while the extent is resident."""
+    notes: dict[tuple[int, int], object] = field(default_factory=dict)
+    """What is remembered of these views, until they are other ones."""
 
     def __post_init__(self) -> None:
         self.keeps_all = all(tile.kept for tile in self.tiles)
@@ -228,7 +230,7 @@ class Extent:
     def moved_in(self) -> None:
         """The cells have homes, maybe new ones."""
         self.resident = False
-        self._windows.clear()
+        self._forget_windows()
         if self.is_at_home:
             self.acquire(self.cells)  # what was blank has memory from now on
             self.release(self.cells, dirty=[])
@@ -261,10 +263,14 @@ class Extent:
             if place not in self._windows:
                 # Steps that cut the blocks in ever new ways shall not pile up views.
                 if len(self._windows) > len(self.tiles):
-                    self._windows.clear()
+                    self._forget_windows()
                 self._windows[place] = self._merged(start, stop, self.cells)
             return self._windows[place]
         return self._merged(start, stop, lives)
+
+    def _forget_windows(self) -> None:
+        self._windows.clear()
+        self.notes.clear()
 
     def _merged(self, start: int, stop: int, lives: Iterable[Life]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

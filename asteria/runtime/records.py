@@ -45,6 +45,11 @@ class TilePlan:
     """Position among the parameter's tiles."""
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the parameter itself is the region."""
+        return not self.slices and self.permutation is None
+
+    @property
     def refresh_cost(self) -> float:
         """Of all its blocks and modes, in units of an element of a matrix product."""
         return float(self.blocks * sum(size**3 for size in self.shape.factor_sizes()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -14,18 +15,26 @@ from asteria.linalg.scratch import Scratch
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.records import ParameterRecord, Tile
 
-__all__ = ["apply_", "apply_shards_", "gather", "normalize_"]
+__all__ = ["Descent", "apply_", "apply_shards_", "gather", "gradients_of", "normalize_"]
 
 
-def gather(chunk: Chunk, scratch: Scratch, gate: Tensor | None) -> Tensor:
+def gradients_of(chunk: Chunk) -> list[Tensor]:
+    """Those of the chunk's tiles, views of what the user has."""
+    return [_region(tile, tile.record.gradient) for tile in chunk.tiles]
+
+
+def gather(
+    chunk: Chunk, scratch: Scratch, gate: Tensor | None, regions: list[Tensor] | None = None
+) -> Tensor:
     """The gradients of the chunk's tiles, (blocks, *dims) in the dtype of the state; read-only.
 
     They are copied together, unless there is but one and it fits as it is. A closed gate leaves
-    zeros, so that nothing non-finite is in the arithmetic.
+    zeros, so that nothing non-finite is in the arithmetic. ``regions`` are `gradients_of` the chunk
+    where the caller has them.
     """
     extent = chunk.extent
     shape = (chunk.stop - chunk.start, *chunk.shape.dims)
-    regions = [_region(tile, tile.record.gradient) for tile in chunk.tiles]
+    regions = gradients_of(chunk) if regions is None else regions
     only = regions[0]
     as_is = only.dtype == extent.dtype and only.is_contiguous()
     if len(regions) == 1 and as_is and gate is None and not chunk.hyper.maximize:
@@ -197,6 +206,23 @@ def _descend_(
         is_first_step=False,
     )
     torch.autograd.graph.increment_version(weights)
+
+
+@dataclass(slots=True)
+class Descent:
+    """An update of weights that are dense and of the changes' dtype, on the host."""
+
+    weights: list[Tensor]
+    changes: list[Tensor]
+    """Of the weight's shape; overwritten."""
+    rate: float = 0.0
+    """lr * scale, as of `apply_`."""
+    decay: float = 0.0
+    """lr * weight_decay."""
+
+    def take(self) -> None:
+        """Do it."""
+        _descend_(self.weights, self.changes, self.rate, self.decay, None)
 
 
 def _noise(chunk: Chunk, tile: Tile) -> tuple[int, ...]:

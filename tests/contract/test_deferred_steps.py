@@ -1,5 +1,7 @@
 """Updates that are written down and done in one go: the bits of updates done one by one."""
 
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -7,13 +9,24 @@ import torch
 from torch import Tensor
 
 from asteria import RuntimeConfig
-from asteria.linalg.deferred import Program
+from asteria.linalg.deferred import Program, run
 from asteria.optim.optimizer import SecondOrderOptimizer
-from asteria.runtime import updater
+from asteria.runtime import extents, updater, weights
+from asteria.runtime.passages import Passage
+from asteria.runtime.records import Tile
 from asteria.runtime.updater import Updater
 from tests.support.arms import OPTIMIZERS, RUNTIMES, over_optimizers
 from tests.support.asynchronous import build, params_of
-from tests.support.training import MIXED, Bits, assert_same_bits, everything, train, weights
+from tests.support.training import (
+    MIXED,
+    Bits,
+    assert_same_bits,
+    everything,
+    parameters,
+    set_gradients,
+    train,
+)
+from tests.support.training import weights as weights_of
 
 STEPS = 25
 SHAPES = [*MIXED, (40, 3), (7,)]
@@ -29,21 +42,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many operations every program had that was run."""
+    """How many operations were done at a time."""
     found: list[int] = []
-    run = Program.run
 
-    def counted(self: Program) -> None:
-        found.append(len(self._calls))
-        run(self)
+    def counted(programs: list[Program]) -> None:
+        found.append(sum(map(len, programs)))
+        run(programs)
 
-    monkeypatch.setattr(Program, "run", counted)
+    monkeypatch.setattr(updater, "run", counted)
     return found
 
 
 def trained(name: str, runtime: RuntimeConfig, **options: Any) -> SecondOrderOptimizer:
     optimizer = build(name, runtime, SHAPES, **options)
-    for p in params_of(optimizer)[::2]:
+    for p in params_of(optimizer)[3:4]:
         p.data = p.data.bfloat16()
     train(optimizer, range(STEPS))
     return optimizer
@@ -63,7 +75,7 @@ def test_the_bits_are_those_of_updates_one_by_one(
     if not options:
         assert sum(lengths) > 0
     lengths.clear()
-    monkeypatch.setattr(Updater, "can_defer", lambda *_: False)
+    monkeypatch.setattr(Updater, "defer", lambda *_: False)
     assert_same_bits(found, everything(trained(name, runtime, **options)))
     assert sum(lengths) == 0
 
@@ -73,13 +85,13 @@ def test_nothing_is_computed_before_all_is_written_down(monkeypatch: pytest.Monk
     optimizer = build("SOAP", RuntimeConfig.reference(), shapes, precondition_frequency=100)
     train(optimizer, range(3))
     before, seen = everything(optimizer), list[Bits]()
-    gather = updater.gather
+    renew = Passage.renew
 
-    def looking(*given: Any) -> Tensor:
+    def looking(*given: Any) -> None:
         seen.append(everything(optimizer))
-        return gather(*given)
+        renew(*given)
 
-    monkeypatch.setattr(updater, "gather", looking)
+    monkeypatch.setattr(Passage, "renew", looking)
     train(optimizer, range(3, 4))
     assert len(seen) == len(shapes)
     for bits in seen:
@@ -107,19 +119,161 @@ def test_what_came_before_an_error_is_done_and_the_rest_by_the_next_call(
     expected, broken = (build(name, RuntimeConfig.reference(), shapes) for _ in range(2))
     train(expected, range(5))
     train(broken, range(4))
-    gather, calls = updater.gather, list[int]()
+    region, failures = weights._region, list[int]()
 
-    def failing(*given: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == 2:
+    def failing(tile: Tile, tensor: Tensor | None) -> Tensor:
+        if not (tile.plan.shape.dims or failures):
+            failures.append(1)
             raise RuntimeError("the second chunk")
-        return gather(*given)
+        return region(tile, tensor)
 
-    monkeypatch.setattr(updater, "gather", failing)
-    before = weights(params_of(broken))
+    monkeypatch.setattr(weights, "_region", failing)
+    before = weights_of(params_of(broken))
     with pytest.raises(RuntimeError, match="second chunk"):
         train(broken, range(4, 5))
-    after = weights(params_of(broken))
+    after = weights_of(params_of(broken))
     assert sum(not torch.equal(after[key], before[key]) for key in before) == 1
     broken.step()
     assert_same_bits(everything(broken), everything(expected))
+
+
+# What was written down is done again
+
+
+EQUAL = [(6, 4)] * 3 + [(5,)] * 2
+
+
+def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The dims of the blocks whose update was written down."""
+    found: list[tuple[int, ...]] = []
+    write_down = Updater._write_down
+
+    def noted(self: Updater, chunk: Any) -> Passage:
+        found.append(chunk.shape.dims)
+        return write_down(self, chunk)
+
+    monkeypatch.setattr(Updater, "_write_down", noted)
+    return found
+
+
+def pair_of_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[SecondOrderOptimizer]:
+    """Two equal optimizers after a few steps; while the second lives nothing is put off."""
+    for puts_off in (True, False):
+        if not puts_off:
+            monkeypatch.setattr(Updater, "defer", lambda *_: False)
+        optimizer = build("SOAP", RuntimeConfig.reference(), EQUAL, precondition_frequency=10)
+        train(optimizer, range(4))
+        yield optimizer
+
+
+def test_an_update_is_written_down_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = written(monkeypatch)
+    optimizer = build("SOAP", RuntimeConfig.reference(), EQUAL, precondition_frequency=100)
+    train(optimizer, range(8))
+    assert sorted(found) == [(), (6, 4)]
+
+
+def test_a_lone_gradient_is_written_down_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = written(monkeypatch)
+    optimizer = build("SOAP", RuntimeConfig.reference(), [(6, 4)], precondition_frequency=100)
+    train(optimizer, range(8))
+    assert len(found) == 7  # the first step makes bases
+
+
+def test_outgrown_scratch_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = written(monkeypatch)
+    optimizer = build("SOAP", RuntimeConfig.reference(), EQUAL, precondition_frequency=100)
+    train(optimizer, range(8))
+    found.clear()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.randn(60, 40))]})
+    train(optimizer, range(8, 11))
+    assert found.count((6, 4)) == 2, "where more join, and with the memory that these need"
+
+
+def test_what_goes_by_rows_is_not_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extents, "CHUNK_BYTES", 4 * 40)
+    found = written(monkeypatch)
+    options = {"max_precond_dim": 6, "precondition_frequency": 100}
+    optimizer = build("SOAP", RuntimeConfig.reference(), [(30, 4), (5,)], **options)
+    train(optimizer, range(4))
+    assert set(found) == {()}
+
+
+def test_parameters_with_rates_of_their_own_may_share_a_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = []
+    for optimizer in pair_of_runs(monkeypatch):
+        more = parameters(EQUAL, seed=1)
+        optimizer.add_param_group({"params": more, "lr": 0.1, "weight_decay": 0.0})
+        optimizer.load_state_dict(optimizer.state_dict())  # all begin afresh
+        train(optimizer, range(4, 9))
+        found.append(everything(optimizer))
+    assert_same_bits(*found)
+
+
+def schedule(optimizer: SecondOrderOptimizer, step: int) -> None:
+    optimizer.param_groups[0]["lr"] = (0.0, 0.1, 1e-3)[step % 3]
+    optimizer.param_groups[0]["weight_decay"] = (0.0, 0.1)[step % 2]
+
+
+def retune(optimizer: SecondOrderOptimizer, step: int) -> None:
+    optimizer.param_groups[0].update(betas=(0.5 + 0.01 * step, 0.9), eps=1e-3)
+
+
+def skip_one(optimizer: SecondOrderOptimizer, step: int) -> None:
+    for index, p in enumerate(params_of(optimizer)):
+        p.requires_grad_(index != step % 3)
+
+
+def swap_memory(optimizer: SecondOrderOptimizer, step: int) -> None:
+    for p in params_of(optimizer)[:3]:
+        p.data = p.data.T.contiguous().T if step % 2 else p.data.clone()
+
+
+def join(optimizer: SecondOrderOptimizer, step: int) -> None:
+    if step == 6:
+        torch.manual_seed(0)
+        more = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(4)]
+        optimizer.add_param_group({"params": [*more, torch.nn.Parameter(torch.randn(60, 40))]})
+
+
+def reload(optimizer: SecondOrderOptimizer, step: int) -> None:
+    if step % 3 == 0:
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+def start_afresh(optimizer: SecondOrderOptimizer, step: int) -> None:
+    if step == 6:
+        del optimizer.state[params_of(optimizer)[1]]
+
+
+def ascend(optimizer: SecondOrderOptimizer, step: int) -> None:
+    optimizer.param_groups[0]["maximize"] = step % 2 == 0
+
+
+CHANGES = [schedule, retune, skip_one, swap_memory, join, reload, start_afresh, ascend]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_it_is_done_again_as_long_as_it_is_the_same(
+    change: Callable[[SecondOrderOptimizer, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for optimizer in pair_of_runs(monkeypatch):
+        for step in range(4, 15):
+            change(optimizer, step)
+            set_gradients([p for g in optimizer.param_groups for p in g["params"]], step)
+            for p in params_of(optimizer):
+                p.grad = p.grad if p.requires_grad else None
+            optimizer.step()
+        found.append(everything(optimizer))
+    assert_same_bits(*found)
+
+
+def test_gradients_are_not_kept() -> None:
+    optimizer = build("SOAP", RuntimeConfig.reference(), EQUAL, precondition_frequency=100)
+    train(optimizer, range(4))
+    references = [weakref.ref(p.grad) for p in params_of(optimizer)]
+    optimizer.zero_grad()
+    assert [reference() for reference in references] == [None] * len(EQUAL)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from asteria.linalg.deferred import Program, do
+from asteria.linalg.deferred import Program, do, run
 
 
 def test_outside_of_a_program_it_is_done_at_once() -> None:
@@ -13,18 +13,30 @@ def test_outside_of_a_program_it_is_done_at_once() -> None:
     assert done == [1]
 
 
-def test_a_program_is_done_in_order_when_it_is_run_and_once() -> None:
+def test_programs_are_done_in_order_when_they_are_run_and_as_often() -> None:
     done: list[int] = []
-    program = Program()
-    with program:
+    first, second = Program(), Program()
+    with first:
         do(done.append, 1)
         do(done.extend, [2, 3])
-    with program:
+    with second:
         do(done.insert, 0, 4)
     assert done == []
-    program.run()
-    program.run()
+    run([first, second])
     assert done == [4, 1, 2, 3]
+    run([second])
+    assert done == [4, 4, 1, 2, 3]
+
+
+def test_what_is_written_down_anew_takes_the_place_of_the_old() -> None:
+    done: list[int] = []
+    program = Program()
+    for value in (1, 2):
+        with program:
+            do(done.append, value)
+    assert len(program) == 1
+    run([program])
+    assert done == [2]
 
 
 def test_keywords_are_kept() -> None:
@@ -32,20 +44,18 @@ def test_keywords_are_kept() -> None:
     program = Program()
     with program:
         do(found.update, one=1)
-    program.run()
+    run([program])
     assert found == {"one": 1}
 
 
-def test_what_raises_leaves_nothing_of_itself_and_all_that_was_before() -> None:
+def test_what_raises_leaves_nothing() -> None:
     done: list[int] = []
     program = Program()
-    with program:
-        do(done.append, 1)
     with pytest.raises(KeyError), program:
         _do_and_fail(done)
     do(done.append, 3)  # nobody writes down any more
-    program.run()
-    assert done == [3, 1]
+    run([program])
+    assert done == [3]
 
 
 def _do_and_fail(done: list[int]) -> None:
@@ -53,28 +63,32 @@ def _do_and_fail(done: list[int]) -> None:
     raise KeyError
 
 
-def test_an_operation_that_raises_ends_the_run_and_is_not_tried_again() -> None:
+def test_an_operation_that_raises_ends_the_run() -> None:
     done: list[int] = []
-    program = Program()
+    program, other = Program(), Program()
     with program:
-        do(done.remove, 5)
         do(done.append, 1)
+        do(done.remove, 5)
+        do(done.append, 2)
+    with other:
+        do(done.append, 3)
     with pytest.raises(ValueError, match="not in list"):
-        program.run()
-    program.run()
-    assert done == []
+        run([program, other])
+    assert done == [1]
 
 
 def test_an_interrupt_is_raised_when_all_is_done() -> None:
     done: list[int] = []
-    program = Program()
+    program, other = Program(), Program()
     with program:
         do(done.append, 1)
         do(_interrupt)
         do(done.append, 2)
+    with other:
+        do(done.append, 3)
     with pytest.raises(KeyboardInterrupt):
-        program.run()
-    assert done == [1, 2]
+        run([program, other])
+    assert done == [1, 2, 3]
 
 
 def _interrupt() -> None:
@@ -86,7 +100,7 @@ def test_operations_may_ask_for_others() -> None:
     program = Program()
     with program:
         do(do, done.append, 1)
-    program.run()
+    run([program])
     assert done == [1]
 
 

@@ -184,6 +184,25 @@ def test_the_state_of_a_chunk_is_viewed_once() -> None:
         assert first.state()[name].shape == tensor.shape
 
 
+def test_notes_are_as_old_as_the_views_that_they_are_on() -> None:
+    records = matrices(5)
+    extent = extent_of(*records)
+    (chunk,) = chunks(extent, {one: update() for one in records})
+    chunk.state()
+    extent.notes[0, 5] = "a note"
+    chunk.state()
+    assert extent.notes
+    extent.moved_in()
+    assert not extent.notes
+    for stop in range(1, 6):
+        extent.notes[0, stop] = "a note"
+        next(chunks(extent, {one: update() for one in records[:stop]})).state()
+    extent.notes[1, 2] = "a note"
+    for start in range(1, 4):
+        next(chunks(extent, {one: update() for one in records[start:]})).state()
+    assert (1, 2) not in extent.notes
+
+
 def test_views_of_ever_new_chunks_do_not_pile_up() -> None:
     records = matrices(5)
     extent = extent_of(*records)
