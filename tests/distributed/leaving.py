@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from asteria import SOAP
 
 STEPS = 20
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
 
 
 def main() -> None:

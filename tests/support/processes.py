@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_S = 60.0
-"""Longest wait for a process that should be alive."""
+"""Longest wait of one process for another."""
+_RESULT_S = 4 * TIMEOUT_S
+"""Longest wait for what a process computes: minutes where others keep the cores busy."""
 
 
 class Crew:
@@ -55,7 +57,7 @@ class Crew:
     def result(self, rank: int) -> Any:
         """What a rank has returned; raises what it raised, as an AssertionError."""
         link = self.links[rank]
-        assert link.poll(TIMEOUT_S), f"rank {rank} is stuck"
+        assert link.poll(_RESULT_S), f"rank {rank} is stuck"
         failed, value = pickle.loads(link.recv_bytes())
         assert not failed, f"rank {rank} raised\n{value}"
         return value
