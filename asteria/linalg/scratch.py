@@ -32,7 +32,7 @@ class Scratch:
         self._parts: dict[int, dict[_Shapes, list[Tensor]]] = {}
         """What views were cut into, by their id, which is theirs as long as they are kept."""
         self.replaced = 0
-        """How often memory was replaced by more: what was taken before is not in use any more."""
+        """How often memory was made or replaced by more: what was taken before may be outgrown."""
 
     def take(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device

@@ -1,4 +1,4 @@
-"""Updates of chunks on the host that are written down once and done at every step.
+"""Updates of chunks on the host that are written down once and asked for at every step.
 
 The same operations on the same memory, but for the gradients and the learning rate: to find that
 out anew takes Python as long as everything else that it does in a step.
@@ -6,67 +6,64 @@ out anew takes Python as long as everything else that it does in a step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from asteria.config.hyperparameters import Hyperparameters
-from asteria.linalg.deferred import Program
+from asteria.linalg.deferred import Program, do
 from asteria.runtime.chunks import Chunk, Update
-from asteria.runtime.rows import parts_of
-from asteria.runtime.weights import Descent, gradients_of
+from asteria.runtime.weights import descend_, gradients_of
 
-__all__ = ["Passage", "may_be_put_off"]
+__all__ = ["Passage", "is_plain"]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Passage:
-    """The update of a chunk, written down. For the training thread."""
+    """What the update of a chunk does, in views of its state. For the training thread."""
 
     hyper: Hyperparameters
     memory: int
-    """Which of its scratch's memory it works in."""
-    descent: Descent
-    gradients: list[Tensor]
-    """Of its tiles, in this step; none between steps."""
-    program: Program = field(default_factory=Program)
+    """Which of its scratch's memory it works in, so that outgrown memory is not kept for it."""
+    gathered: list[Tensor]
+    """Where the gradients of its tiles are copied to."""
+    before: Program
+    """From there to the direction."""
+    weights: list[Tensor]
+    changes: list[Tensor]
+    """Their parts of the direction; overwritten."""
+    after: Program
+    """What is added to the factors."""
 
     def fits(self, chunk: Chunk, memory: int) -> bool:
-        """Whether it is the chunk's, too, whose window is the one that it was written for."""
+        """Whether it is the chunk's, too, which has the same views of the state."""
         return (
             self.hyper == chunk.hyper
             and self.memory == memory
-            and all(map(Tensor.is_contiguous, self.descent.weights))
+            and len(self.weights) == len(chunk.tiles)  # empty ones have no place among the blocks
+            and all(map(Tensor.is_contiguous, self.weights))
         )
 
-    def renew(self, chunk: Chunk, update: Update) -> None:
-        """Get ready for the step that the chunk is in."""
-        self.gradients[:] = gradients_of(chunk)
+    def ask(self, chunk: Chunk, update: Update) -> None:
+        """`do` it for the step that the chunk is in."""
+        do(torch._foreach_copy_, self.gathered, gradients_of(chunk))
+        self.before.again()
         scale = chunk.extent.rule.scale(chunk.hyper, chunk.steps + 1)
-        self.descent.rate, self.descent.decay = update.lr * scale, update.lr * update.weight_decay
-
-    def end(self) -> None:
-        """The step is over: gradients are their owner's."""
-        self.gradients.clear()
+        rate, decay = update.lr * scale, update.lr * update.weight_decay
+        descend_(self.weights, self.changes, rate, decay, None)
+        self.after.again()
 
 
-def may_be_put_off(chunk: Chunk) -> bool:
-    """Whether a step's update of the chunk, its state being at home, can be a passage."""
-    extent, hyper = chunk.extent, chunk.hyper
-    return (
-        chunk.begun
-        and extent.resident
-        and extent.keeps_all
-        and extent.device.type == "cpu"
-        and extent.rule.can_defer
-        and len(chunk.shape.dims) in (0, 2)
-        and not (hyper.maximize or hyper.normalize_grads)
-        and len(parts_of(chunk)) == 1
-        and all(_is_plain(tile.record.parameter, extent.dtype) for tile in chunk.tiles)
-        and all(tile.record.sharding is None and tile.plan.is_whole for tile in chunk.tiles)
+def is_plain(chunk: Chunk) -> bool:
+    """Whether an update of the chunk that can be deferred can be a passage, too.
+
+    Its parameters are as the operations want them. A lone gradient may be used where it is.
+    """
+    return len(chunk.tiles) > 1 and all(
+        tile.plan.is_whole
+        and tile.record.sharding is None
+        and tile.record.dtype == chunk.extent.dtype
+        and tile.record.parameter.is_contiguous()
+        for tile in chunk.tiles
     )
-
-
-def _is_plain(weight: Tensor, dtype: torch.dtype) -> bool:
-    return weight.dtype == dtype and weight.is_contiguous()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from asteria.algorithms.adam import largest_ratio
@@ -87,11 +86,11 @@ class Stepper:
         ``ended`` takes the records all of whose tiles are done, also if an error ends the step.
         """
         self._round_s = 0.0
-        # A profile shows what belongs where.
-        at_once = gate is not None or torch._C._autograd._profiler_enabled()
         try:
             for chunk in work:
-                if at_once or not self._puts_off(chunk, updates):
+                if self._can_defer(chunk, gate):
+                    self._updater.defer(chunk, updates)
+                else:
                     self._updater.run()
                     self._step_chunk(chunk, updates, gate)
                 ended += _ended(chunk, self._done)
@@ -100,11 +99,13 @@ class Stepper:
         if self._round_s:
             self._governor.pace.refreshed_inside(self._round_s)
 
-    def _puts_off(self, chunk: Chunk, updates: Mapping[ParameterRecord, Update]) -> bool:
-        """Leave the chunk's step for later, where it is an update and nothing else."""
-        if self._refreshes(chunk) or self._lands_on(chunk):
-            return False
-        return self._updater.defer(chunk, updates)
+    def _can_defer(self, chunk: Chunk, gate: Tensor | None) -> bool:
+        """Whether the chunk's step is an update and nothing else, which may be done later."""
+        return (
+            self._updater.can_defer(chunk, gate)
+            and not self._refreshes(chunk)
+            and not self._lands_on(chunk)
+        )
 
     def _step_chunk(
         self, chunk: Chunk, updates: Mapping[ParameterRecord, Update], gate: Tensor | None

@@ -18,17 +18,17 @@ from asteria.algorithms.algorithm import (
     fold_,
 )
 from asteria.config.hyperparameters import Hyperparameters
-from asteria.linalg.deferred import Program, do, run
+from asteria.linalg.deferred import Program
 from asteria.linalg.modes import transform
 from asteria.linalg.scratch import Scratch
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.guard import gate_on
 from asteria.runtime.ledger import Ledger
 from asteria.runtime.narrow import widened
-from asteria.runtime.passages import Passage, may_be_put_off
+from asteria.runtime.passages import Passage, is_plain
 from asteria.runtime.records import ParameterRecord
 from asteria.runtime.rows import parts_of, state_of
-from asteria.runtime.weights import Descent, apply_, gather, gradients_of, normalize_
+from asteria.runtime.weights import apply_, gather, normalize_
 from asteria.store.layout import FieldSpec, Layout, Life
 from asteria.telemetry.phases import phase
 
@@ -42,7 +42,7 @@ class Updater:
         """``start`` as in RuntimeConfig."""
         self._start = start
         self._scratch = Scratch()
-        self._due: list[Passage] = []
+        self._program = Program()
 
     def pair(self, chunk: Chunk) -> Pair:
         """Scratch of the gradient's shape, or of that of its rows that are updated at a time."""
@@ -87,47 +87,62 @@ class Updater:
         tensors = key.rule.contributed_tensors(key.shape)
         ledger.open(layout, tensors, chunk.extent.cells[Life.SUM].home)
 
-    def defer(self, chunk: Chunk, updates: Mapping[ParameterRecord, Update]) -> bool:
-        """Write down what `update_` does without a gate, for `run`; whether that can be done."""
-        asked = [updates[tile.record] for tile in chunk.tiles]
-        if asked.count(asked[0]) < len(asked):
-            return False
-        notes, place = chunk.extent.notes, (chunk.start, chunk.stop)
-        passage = notes.get(place)
-        if not (isinstance(passage, Passage) and passage.fits(chunk, self._scratch.replaced)):
-            if not may_be_put_off(chunk):
-                return False
-            passage = self._write_down(chunk)
-            if len(chunk.tiles) > 1:  # a lone gradient may be used as it is
-                notes[place] = passage
-        passage.renew(chunk, asked[0])
-        self._due.append(passage)
-        return True
+    def can_defer(self, chunk: Chunk, gate: Tensor | None) -> bool:
+        """Whether `defer` would do what `update_` does, its state being at home."""
+        extent, hyper = chunk.extent, chunk.hyper
+        return (
+            gate is None
+            and chunk.begun
+            and extent.resident
+            and extent.keeps_all
+            and extent.device.type == "cpu"
+            and extent.rule.can_defer
+            and len(chunk.shape.dims) in (0, 2)
+            and not (hyper.maximize or hyper.normalize_grads)
+            and not torch._C._autograd._profiler_enabled()  # which shows what belongs where
+        )
 
-    def _write_down(self, chunk: Chunk) -> Passage:
-        """`update_` of the chunk, as far as it is the same at every step."""
-        program, gradients = Program(), gradients_of(chunk)
+    def defer(self, chunk: Chunk, updates: Mapping[ParameterRecord, Update]) -> None:
+        """Write down what `update_` does, for `run`."""
+        first, *others = [updates[tile.record] for tile in chunk.tiles]
+        passage = self._passage(chunk) if others.count(first) == len(others) else None
+        with self._program:
+            if passage is not None:
+                passage.ask(chunk, first)
+            else:
+                self.update_(chunk, list(chunk.extent.cells), updates, None)
+
+    def _passage(self, chunk: Chunk) -> Passage | None:
+        """The chunk's, which is kept from step to step beside the views of its state."""
+        notes, place = chunk.extent.notes, (chunk.start, chunk.stop)
+        known = notes.get(place)
+        if isinstance(known, Passage) and known.fits(chunk, self._scratch.replaced):
+            return known
+        made = self._write_down(chunk) if is_plain(chunk) else None
+        if made is not None:
+            notes[place] = made
+        return made
+
+    def _write_down(self, chunk: Chunk) -> Passage | None:
+        """`update_`, but for the gradients and rates, which are others at every step."""
+        extent, state, pair = chunk.extent, chunk.state(), self._pair(chunk)
+        shape = (chunk.stop - chunk.start, *chunk.shape.dims)
+        gradient = self._scratch.take("gradient", shape, extent.dtype, extent.device)
+        work, before, after = _Work(chunk, state, gradient, pair, None), Program(), Program()
+        with before:
+            direction, _ = self._direction_(work)
+        if direction is None:
+            return None
+        with after:
+            _accumulate_(work, first=True, noted=None)
         weights = [tile.record.parameter for tile in chunk.tiles]
-        with program:
-            gradient = gather(chunk, self._scratch, None, gradients)
-            state, pair = self._state(chunk, chunk.extent.cells), self._pair(chunk)
-            direction, _ = chunk.extent.rule.direction_(
-                state, gradient, chunk.hyper, step=chunk.steps + 1, scratch=pair, gate=None
-            )
-            changes = self._scratch.cut(direction, [weight.shape for weight in weights])
-            descent = Descent(weights, changes)
-            do(descent.take)
-            _accumulate_(_Work(chunk, state, gradient, pair, None), first=True, noted=None)
-        return Passage(chunk.hyper, self._scratch.replaced, descent, gradients, program)
+        shapes, memory = [weight.shape for weight in weights], self._scratch.replaced
+        gathered, changes = (self._scratch.cut(stack, shapes) for stack in (gradient, direction))
+        return Passage(chunk.hyper, memory, gathered, before, weights, changes, after)
 
     def run(self) -> None:
         """Do what was written down; before anything else is done with the same state or scratch."""
-        due, self._due = self._due, []
-        try:
-            run([passage.program for passage in due])
-        finally:
-            for passage in due:
-                passage.end()
+        self._program.run()
 
     @phase("update")
     def update_(

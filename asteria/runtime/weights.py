@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -15,7 +14,7 @@ from asteria.linalg.scratch import Scratch
 from asteria.runtime.chunks import Chunk, Update
 from asteria.runtime.records import ParameterRecord, Tile
 
-__all__ = ["Descent", "apply_", "apply_shards_", "gather", "gradients_of", "normalize_"]
+__all__ = ["apply_", "apply_shards_", "descend_", "gather", "gradients_of", "normalize_"]
 
 
 def gradients_of(chunk: Chunk) -> list[Tensor]:
@@ -23,18 +22,15 @@ def gradients_of(chunk: Chunk) -> list[Tensor]:
     return [_region(tile, tile.record.gradient) for tile in chunk.tiles]
 
 
-def gather(
-    chunk: Chunk, scratch: Scratch, gate: Tensor | None, regions: list[Tensor] | None = None
-) -> Tensor:
+def gather(chunk: Chunk, scratch: Scratch, gate: Tensor | None) -> Tensor:
     """The gradients of the chunk's tiles, (blocks, *dims) in the dtype of the state; read-only.
 
     They are copied together, unless there is but one and it fits as it is. A closed gate leaves
-    zeros, so that nothing non-finite is in the arithmetic. ``regions`` are `gradients_of` the chunk
-    where the caller has them.
+    zeros, so that nothing non-finite is in the arithmetic.
     """
     extent = chunk.extent
     shape = (chunk.stop - chunk.start, *chunk.shape.dims)
-    regions = gradients_of(chunk) if regions is None else regions
+    regions = gradients_of(chunk)
     only = regions[0]
     as_is = only.dtype == extent.dtype and only.is_contiguous()
     if len(regions) == 1 and as_is and gate is None and not chunk.hyper.maximize:
@@ -155,7 +151,7 @@ def _apply_all_(targets: _Targets, *, scale: float, gate: Tensor | None) -> None
         changes = [targets.changes[place] for place in places]
         asked = lr * scale, lr * weight_decay, gate
         if exact:
-            _descend_(given, changes, *asked)
+            descend_(given, changes, *asked)
         else:
             noises = [targets.noises[place] if targets.noises else () for place in places]
             do(_descend_rounded_, given, changes, noises, asked)
@@ -167,9 +163,9 @@ def _descend_rounded_(
     noises: list[_Noise],
     asked: tuple[float, float, Tensor | None],
 ) -> None:
-    """`_descend_` of copies in the dtype of the changes, from which the weights are rounded."""
+    """`descend_` of copies in the dtype of the changes, from which the weights are rounded."""
     weights = [target.to(changes[0].dtype).contiguous() for target in targets]
-    _descend_(weights, changes, *asked)
+    descend_(weights, changes, *asked)
     for target, weight, noise in zip(targets, weights, noises, strict=True):
         _round_into_(target, weight, noise)
 
@@ -180,7 +176,7 @@ def _change(record: ParameterRecord) -> Tensor:
     return record.sharding.change
 
 
-def _descend_(
+def descend_(
     weights: list[Tensor], changes: list[Tensor], rate: float, decay: float, gate: Tensor | None
 ) -> None:
     """w <- (w - rate change) (1 - decay); a closed gate keeps the decay away. Dense on the host."""
@@ -206,23 +202,6 @@ def _descend_(
         is_first_step=False,
     )
     torch.autograd.graph.increment_version(weights)
-
-
-@dataclass(slots=True)
-class Descent:
-    """An update of weights that are dense and of the changes' dtype, on the host."""
-
-    weights: list[Tensor]
-    changes: list[Tensor]
-    """Of the weight's shape; overwritten."""
-    rate: float = 0.0
-    """lr * scale, as of `apply_`."""
-    decay: float = 0.0
-    """lr * weight_decay."""
-
-    def take(self) -> None:
-        """Do it."""
-        _descend_(self.weights, self.changes, self.rate, self.decay, None)
 
 
 def _noise(chunk: Chunk, tile: Tile) -> tuple[int, ...]:
