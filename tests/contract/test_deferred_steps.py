@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asteria import RuntimeConfig
+from asteria import SOAP, RuntimeConfig
 from asteria.linalg.deferred import Program
 from asteria.optim.optimizer import SecondOrderOptimizer
 from asteria.runtime import weights
@@ -194,15 +194,19 @@ def test_outgrown_scratch_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parameters_with_rates_of_their_own_may_share_a_chunk(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int]
 ) -> None:
     found = []
-    for optimizer in pair_of_runs(monkeypatch):
-        more = parameters(EQUAL, seed=1)
-        optimizer.add_param_group({"params": more, "lr": 0.1, "weight_decay": 0.0})
-        optimizer.load_state_dict(optimizer.state_dict())  # all begin afresh
-        train(optimizer, range(4, 9))
+    for deferred in (True, False):
+        if not deferred:
+            monkeypatch.setattr(Updater, "can_defer", lambda *_: False)
+        params = parameters([(6, 4)] * 3)
+        groups = [{"params": [p], "lr": 0.1 * place} for place, p in enumerate(params)]
+        optimizer = SOAP(groups, shampoo_beta=0.5, runtime=RuntimeConfig.reference())
+        train(optimizer, range(6))
         found.append(everything(optimizer))
+        assert bool(sum(lengths)) == deferred
+        lengths.clear()
     assert_same_bits(*found)
 
 
