@@ -57,8 +57,10 @@ class Program:
 
     def again(self) -> None:
         """`do` all that was written down, and keep it."""
-        for operation, args, kwargs in self._calls:
-            do(operation, *args, **kwargs)
+        if _open.calls is None:
+            _do_all(iter(self._calls))
+        else:
+            _open.calls += self._calls
 
     def run(self) -> None:
         """Do what was written down and forget it, also if something raises.

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -89,8 +89,11 @@ def _host_rounds(setting: str) -> bool:
 
 def without_autocast(devices: Iterable[torch.device]) -> AbstractContextManager[object]:
     """Autocast is off, for the calling thread, on the host and where ``devices`` are."""
+    kinds = {"cpu", *(device.type for device in devices)}
+    enabled = [k for k in kinds if is_autocast_available(k) and torch.is_autocast_enabled(k)]
+    if not enabled:
+        return nullcontext()
     stack = ExitStack()
-    for kind in {"cpu", *(device.type for device in devices)}:
-        if is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+    for kind in enabled:
+        stack.enter_context(torch.autocast(kind, enabled=False))
     return stack

@@ -70,7 +70,7 @@ class Promises:
     def keep(self) -> None:
         """The live state is about to change; raises StoreError if it cannot be read."""
         self._reads.forget()
-        for values in self._all():
+        for values in self._all() if self._known else ():
             source = values.source
             if source is None or source.lasts:
                 continue
