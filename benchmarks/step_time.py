@@ -272,7 +272,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--table", choices=TABLES, default="gpt-nano", help="the model whose shapes are used")
-    add("--steps", type=int, default=60, help="counted steps")
+    add("--steps", type=int, default=120, help="counted steps")
     add("--period", type=int, default=10, help="steps from one refresh to the next")
     add("--threads", type=int, default=2, help="threads of torch, the same for all")
     add("--max-parameters", type=int, help="cut the table to this size; else to what fits")
