@@ -278,7 +278,7 @@ def test_an_optimizer_trains_its_own_parameters(workload, name: str) -> None:
 
 def test_counted_steps_are_whole_periods() -> None:
     assert step_time.parse_arguments(["--steps", "21", "--period", "10"]).steps == 30
-    assert step_time.parse_arguments([]).steps == 60
+    assert step_time.parse_arguments([]).steps == 120
     assert step_time.parse_arguments([]).threads == 2
 
 
