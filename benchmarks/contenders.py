@@ -302,6 +302,7 @@ def bare_products(workload: Workload, gradients: Sequence[Tensor]) -> Contender:
 OURS, BARE = "asteria.SOAP", "bare products"
 PEERS = ("pytorch_optimizer SOAP", *(f"heavyball SOAP, {mode}" for mode in HEAVYBALL_MODES))
 COMPILED = PEERS[2:]
+AS_THEY_COME = PEERS[0], PEERS[2]
 BUILDERS: dict[str, Callable[[Workload, Sequence[Tensor]], Contender]] = {
     OURS: asteria_soap,
     "asteria.KLShampoo": asteria_kl_shampoo,

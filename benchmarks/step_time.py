@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import (
+    AS_THEY_COME,
     BARE,
     BUILDERS,
     COMPILED,
@@ -165,16 +166,20 @@ def settle(contender: Contender, gradients: Gradients, period: int) -> None:
 def ratios(results: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
     """Our mean over the faster peer's mean, and our median over the bare products' median.
 
-    The latter also round by round: where a processor changes between two speeds, medians may be of
-    different ones.
+    The former also of the peers as they come, without what users have to ask for; the latter also
+    round by round: where a processor changes between two speeds, medians may be of different ones.
     """
     summary = {name: summarize(result.times_ms) for name, result in results.items()}
     found: dict[str, dict[str, Any]] = {}
-    peers = [name for name in PEERS if name in summary]
-    if OURS in summary and peers:
-        faster = min(peers, key=lambda name: summary[name]["mean"])
-        value = summary[OURS]["mean"] / summary[faster]["mean"]
-        found["mean / faster peer's mean"] = {"value": value, "against": faster}
+    for what, names in (
+        ("faster peer's mean", PEERS),
+        ("mean of those as they come", AS_THEY_COME),
+    ):
+        peers = [name for name in names if name in summary]
+        if OURS in summary and peers:
+            faster = min(peers, key=lambda name: summary[name]["mean"])
+            value = summary[OURS]["mean"] / summary[faster]["mean"]
+            found[f"mean / {what}"] = {"value": value, "against": faster}
     if OURS in summary and BARE in summary:
         value = summary[OURS]["p50"] / summary[BARE]["p50"]
         found["median / bare products' median"] = {"value": value, "against": BARE}

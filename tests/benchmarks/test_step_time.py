@@ -152,7 +152,7 @@ def test_settling_ends_with_the_first_period_without_a_compilation(monkeypatch) 
 
 
 def measured(**times_ms: list[float]) -> dict[str, Measured]:
-    names = {"ours": OURS, "bare": BARE, "peer": PEERS[0], "other": PEERS[1]}
+    names = {"ours": OURS, "bare": BARE, "peer": PEERS[0], "other": PEERS[1], "asked": PEERS[3]}
     return {names[key]: Measured(settings="s", times_ms=times) for key, times in times_ms.items()}
 
 
@@ -163,6 +163,13 @@ def test_ratios_take_the_faster_peer_by_mean_and_the_bare_products_by_median() -
     found = step_time.ratios(results)
     assert found["mean / faster peer's mean"] == {"value": pytest.approx(0.8), "against": PEERS[1]}
     assert found["median / bare products' median"]["value"] == pytest.approx(1.25)
+
+
+def test_what_users_have_to_ask_for_is_told_apart() -> None:
+    found = step_time.ratios(measured(ours=[2.0], peer=[4.0], asked=[2.5]))
+    assert found["mean / faster peer's mean"]["against"] == PEERS[3]
+    same = {"value": pytest.approx(0.5), "against": PEERS[0]}
+    assert found["mean / mean of those as they come"] == same
 
 
 def test_a_processor_that_changes_its_speed_changes_no_ratio_of_rounds() -> None:
