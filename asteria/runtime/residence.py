@@ -198,13 +198,11 @@ class Residence:
         """
         moved = False
         for device in self._doors:
-            on_host = self._is_host(device)
-            if on_host and self._nvme is None:
-                continue
             mine = [extent for extent in extents if extent.device == device]
-            if on_host:
-                short = reserve_bytes() - host_free_bytes()
-                moved |= self._demote(device, mine, Home.DEVICE, Home.NVME, short)
+            if self._is_host(device):
+                if self._nvme is not None:
+                    short = reserve_bytes() - host_free_bytes()
+                    moved |= self._demote(device, mine, Home.DEVICE, Home.NVME, short)
                 continue
             short = reserve_bytes(device) - device_free_bytes(device)
             moved |= self._demote(device, mine, Home.DEVICE, Home.PINNED, short)
